@@ -1,7 +1,9 @@
-// CompletionThread: waits for CUDA events off the event loop and tells it through an eventfd.
+// CompletionThread waits for CUDA events outside the event loop and reports each through an
+// eventfd.
 //
-// A host function on the stream would not do: it is not called after a CUDA error. The driver is
-// opened at run time, so that the same binary loads on a machine without one.
+// A host function on the stream (cudaLaunchHostFunc) would not do, because CUDA does not call it
+// after an error. The driver is opened at run time, so that the same binary loads on a machine
+// without a driver.
 #pragma once
 
 #include <dlfcn.h>
@@ -25,7 +27,7 @@
 
 namespace pyserve {
 
-// The functions of the CUDA driver that are needed, by their documented C signatures.
+// The functions of the CUDA driver that are used here, with the C signatures of its documentation.
 struct CudaDriver {
   explicit CudaDriver(const std::string& library) {
     void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
@@ -56,7 +58,7 @@ struct CudaDriver {
   int (*get_error_name)(int error, const char** name);
 };
 
-// A step whose event has completed, or failed: `error` is empty or the name of a CUresult.
+// A step whose event has completed or failed: `error` is empty, or the name of the CUresult.
 struct Completion {
   int64_t step_id;
   std::string error;
@@ -64,7 +66,7 @@ struct Completion {
 
 class CompletionThread {
  public:
-  // Raises std::runtime_error where the driver or the device cannot be had.
+  // Throws std::runtime_error where the driver or the device is not available.
   CompletionThread(const std::string& driver_library, int device_ordinal)
       : state_(std::make_shared<State>(driver_library, device_ordinal)) {
     thread_ = std::thread([state = state_] { state->run(); });
@@ -72,10 +74,11 @@ class CompletionThread {
 
   ~CompletionThread() { close(); }
 
-  // Readable where `drain` has something to give.
+  // The eventfd, which is readable while `drain` has something to return.
   int fileno() const { return state_->event_fd; }
 
-  // Waits for a CUevent next, after those before it. It must outlive its completion.
+  // Queues a CUevent to wait for, behind those queued earlier. The event must live until its
+  // completion.
   void watch(int64_t step_id, uintptr_t event) {
     {
       std::lock_guard lock(state_->mutex);
@@ -84,15 +87,17 @@ class CompletionThread {
     state_->wake.notify_one();
   }
 
-  // What has completed since the last call.
+  // All completions since the last call.
   std::vector<Completion> drain() {
     uint64_t count;
-    (void)!read(state_->event_fd, &count, sizeof count);  // empty: EAGAIN
+    // Fails with EAGAIN where nothing has completed.
+    (void)!read(state_->event_fd, &count, sizeof count);
     std::lock_guard lock(state_->mutex);
     return std::exchange(state_->completed, {});
   }
 
-  // Ends the thread; one that waits for an event that never comes is left behind.
+  // Ends the thread. If it waits for an event that does not come within 200 ms, it is detached and
+  // left behind.
   void close() {
     if (!thread_.joinable()) return;
     std::unique_lock lock(state_->mutex);
@@ -105,7 +110,7 @@ class CompletionThread {
   }
 
  private:
-  // Shared with the thread, which may outlive its owner.
+  // What owner and thread share; the thread may outlive its owner.
   struct State {
     State(const std::string& library, int device_ordinal) : driver(library) {
       int device = 0;
@@ -131,7 +136,7 @@ class CompletionThread {
         const auto [step_id, event] = waiting.front();
         waiting.pop_front();
         lock.unlock();
-        // After an error every later wait fails at once, with the same error.
+        // After an error the context is lost, and every later wait would fail with the same error.
         if (error == 0) error = driver.synchronize_event(event);
         lock.lock();
         completed.push_back({step_id, error == 0 ? "" : driver.error_name(error)});

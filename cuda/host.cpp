@@ -1,6 +1,6 @@
-// _host: what Python's side of a step needs in C++, without torch: packing a StepInput
-// (common/step.h), whose numpy twin is pack_step in pyserve/ops/reference.py, and the thread that
-// waits for a step on a CUDA device.
+// The module _host: the C++ that Python's side of a step needs without torch. It packs a StepInput
+// (common/step.h), whose numpy twin is pack_step in pyserve/ops/reference.py, and it has the thread
+// that waits for the steps on a CUDA device.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -16,7 +16,8 @@ namespace py = pybind11;
 namespace pyserve {
 namespace {
 
-// Appends words to the buffer; past its end it only counts.
+// Appends words to the buffer. Beyond its end it only counts them, so that the error can say how
+// many are needed.
 class Writer {
  public:
   Writer(int32_t* words, int64_t capacity) : words_(words), capacity_(capacity) {}
@@ -153,7 +154,7 @@ int64_t pack_step(const py::buffer& buffer, const py::list& row_slots, const py:
   return out.size();
 }
 
-// The constants of step.h, for the test that compares them with the Python twin.
+// The constants of common/step.h, which a test compares with the Python twin.
 py::dict step_layout() {
   py::dict d;
 #define PYSERVE_PUT(name) d[#name] = static_cast<int64_t>(name)
@@ -215,7 +216,7 @@ py::dict step_layout() {
   return d;
 }
 
-// (step id, name of the CUDA error or empty) of each step that has ended.
+// A tuple (step id, name of the CUDA error or "") for each step that has ended.
 py::list drain(CompletionThread& thread) {
   py::list completions;
   for (const Completion& completion : thread.drain()) {

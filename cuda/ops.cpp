@@ -1,7 +1,7 @@
-// Every op of pyserve: its schema, once, for all backends. Each implementation lives in a file of
-// its backend that ends in STABLE_TORCH_LIBRARY_IMPL; shapes and meaning are written out in
-// pyserve/ops/__init__.py, the plain-torch twin of each in pyserve/ops/reference.py.
-// Out-variants only: an op allocates no tensor, so a CUDA graph can hold all of them.
+// The schema of every op of pyserve, written once for all backends. Each implementation is in a
+// file of its backend that ends in STABLE_TORCH_LIBRARY_IMPL. pyserve/ops/__init__.py describes
+// shapes and meaning, and pyserve/ops/reference.py has the plain-torch twin of each op. All ops
+// write to tensors that they are given and allocate none, so that a CUDA graph can capture them.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pyserve, m) {
@@ -112,7 +112,7 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
       "logprobs(Tensor logits, Tensor rows, Tensor token_ids, bool is_normalized, "
       "Tensor(a!) token_logprobs, Tensor(b!) token_ranks, Tensor(c!) top_ids, "
       "Tensor(d!) top_logprobs) -> ()");
-  // Between ranks: peers int64 [kPeerWords] on the host, the table of common/peers.h.
+  // Ops between ranks. peers is the table of common/peers.h: int64 [kPeerWords] on the host.
   m.def(
       "all_reduce_add_norm(Tensor partial, Tensor(a!) residual, Tensor weight, float eps, "
       "float offset, Tensor(b!) out, Tensor peers) -> ()");

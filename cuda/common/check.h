@@ -1,5 +1,6 @@
-// Checks of an op's arguments. A failed one is a std::runtime_error, RuntimeError in Python, that
-// names the op, the argument, what it is and what was wanted: a bug of the caller, never a crash.
+// Checks of an op's arguments. A failed check throws std::runtime_error, RuntimeError in Python,
+// with the op, the argument, what it is and what was expected. It tells of a bug in the caller and
+// never crashes the process.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -35,7 +36,8 @@ struct Piece {
       ::pyserve::fail({__VA_ARGS__}); \
   } while (false)
 
-// What an op needs to know of a tensor, read once. Borrows from the tensor.
+// What an op needs to know of a tensor, read once. The pointers belong to the tensor, which must
+// outlive the view.
 struct View {
   const char* op;
   const char* name;
@@ -56,8 +58,8 @@ struct View {
 
 enum class LastDim { kContiguous, kStrided };
 
-// The dtype of a tensor. Tensor::scalar_type() asks torch for the number of one dtype after the
-// other until it has found this one; these are asked for once.
+// The dtype of a tensor. Tensor::scalar_type() asks torch for the number of one dtype after another
+// until it finds the tensor's; here these numbers are asked for only once.
 inline ScalarType dtype_of(const Tensor& tensor) {
   struct Known {
     int32_t number;
@@ -86,18 +88,19 @@ inline void check_dtype(const View& view, ScalarType dtype) {
 
 enum class Place { kCpu, kCuda };
 
-// Reads the tensors of one call of an op, all of which must be in one place.
+// Reads the tensors of one call of an op, all of which must be on the op's kind of device.
 struct ViewReader {
   const char* op;
   Place place;
 
-  // View of a tensor with `dim` dims (-1: any, at least 1).
+  // Views a tensor that must have `dim` dims; -1 allows any number from 1 on.
   View operator()(const char* name, const Tensor& tensor, int64_t dim,
                   LastDim last_dim = LastDim::kContiguous) const {
     const bool is_there = place == Place::kCpu ? tensor.is_cpu() : tensor.is_cuda();
     PYSERVE_CHECK(is_there, op, ": ", name,
                   place == Place::kCpu ? " must be on the CPU" : " must be on a CUDA device");
-    // Straight from the C functions: the methods of Tensor ask for the number of dims each time.
+    // Uses torch's C functions directly, because each method of Tensor first asks for the number of
+    // dims.
     View view{op, name, nullptr, nullptr, nullptr, 0, dtype_of(tensor)};
     int64_t *sizes = nullptr, *strides = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &view.data));
@@ -153,7 +156,8 @@ inline void check_contiguous(const View& view) {
   }
 }
 
-// The leading dims of a tensor taken as one: rows of the last dim, `stride` elements apart.
+// A tensor's leading dims taken as a single one: `count` rows of the last dim, `stride` elements
+// apart.
 struct Rows {
   int64_t count;
   int64_t stride;

@@ -1,4 +1,4 @@
-// What becomes of the float32 sums s of a linear, bias included, before they are rounded, once:
+// What a linear does with its float32 sums s, bias included. The result is rounded once.
 //   kStore    out[t, j] = s[t, j]
 //   kAdd      out[t, j] = out[t, j] + s[t, j], in place
 //   kSiluMul  out[t, j] = silu(s[t, j]) * s[t, n + j]: n rows of gate, then n rows of up
@@ -10,14 +10,15 @@ namespace pyserve {
 
 enum class Epilogue : int32_t { kStore, kAdd, kSiluMul };
 
-// Rows of weight, and elements of bias, for each column of out.
+// How many rows of the weight, and elements of the bias, belong to one column of out.
 constexpr int64_t rows_per_column(Epilogue epilogue) {
   return epilogue == Epilogue::kSiluMul ? 2 : 1;
 }
 
-// An RMSNorm between two linears may be a factor: whoever adds to the residual r also writes
-// scaled = r * the norm's weight, and the sums of r^2 over each kSquaresColumns columns; the next
-// linear multiplies by `scaled`, and its sums by rsqrt(mean(r^2) + eps), before the bias.
+// An RMSNorm between two linears can be folded into them, because its factor rsqrt(mean(r^2) + eps)
+// is one number per row. The linear that adds to the residual r also writes scaled = r * the norm's
+// weight, and the sums of r^2 over each kSquaresColumns columns. The next linear multiplies its
+// matrix by `scaled`, and then its sums by the factor, before it adds the bias.
 constexpr int64_t kSquaresColumns = 16;
 
 constexpr int64_t num_squares(int64_t columns) {

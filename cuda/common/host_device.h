@@ -1,4 +1,4 @@
-// Marks functions that both host and device code call.
+// Marks functions that are compiled for both the host and the device.
 #pragma once
 
 #ifdef __CUDACC__

@@ -1,5 +1,5 @@
 // Philox4x32-10, the counter-based generator of Salmon et al. 2011 ("Parallel random numbers: as
-// easy as 1, 2, 3"). Host and device code; the twin is pyserve/ops/philox.py.
+// easy as 1, 2, 3"), for host and device code. The Python twin is pyserve/ops/philox.py.
 #pragma once
 
 #include <cstdint>

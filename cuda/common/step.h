@@ -1,16 +1,18 @@
-// Layout of a packed StepInput and of a slot row, shared by the packer (host.cpp), the plan op and
-// the sampler. Everything is 32-bit words, little endian; floats are bit-cast. The Python twin is
-// pyserve/ops/step_layout.py; a test compares the two.
+// The layout of a packed StepInput and of a slot row, shared by the packer (host.cpp), the
+// plan_step op and the sampler. Everything is made of 32-bit words, little endian; floats are
+// bit-cast. The Python twin is pyserve/ops/step_layout.py; a test compares the two.
 //
 //   StepInput  [ header | adapter starts | rows | host tokens | block updates | slot updates ]
 //
-// A row whose tokens_offset is -1 has one token, the one its slot sampled last: the host need not
-// know it yet. Slot updates are applied first, then block updates, then rows are planned.
+// A row whose tokens_offset is -1 has one token, namely the one that its slot sampled last: the
+// host need not know it yet. Slot updates are applied first, then block updates; then the rows are
+// planned.
 //
-// Adapter starts are there in a step with rows that use an adapter. Its rows stand sorted by the
-// slot that their adapter has on the device, those without one first; then starts[s] is the first
-// token of slot s or a later one, and one word more says where the last slot's tokens end. They
-// stand right behind the header, so that ops read them where they are (lora_shrink, lora_expand).
+// A step with rows that use a LoRA adapter has adapter starts. The rows of such a step are sorted
+// by adapter slot, the slot that their adapter has on the device; rows without an adapter come
+// first. starts[s] is the first token whose adapter slot is s or greater, and one further word says
+// where the tokens of the last slot end. The starts lie directly behind the header, so that
+// lora_shrink and lora_expand can read them in place.
 #pragma once
 
 #include <cstdint>
@@ -23,15 +25,16 @@ enum HeaderWord : int32_t {
   kHeaderNumRows,
   kHeaderNumTokens,
   kHeaderNumSamples,
-  kHeaderRowsOffset,  // offsets are words from the start of the buffer
+  kHeaderRowsOffset,  // offsets are in words from the start of the buffer
   kHeaderTokensOffset,
   kHeaderNumBlockUpdates,
   kHeaderBlockUpdatesOffset,
   kHeaderNumSlotUpdates,
   kHeaderSlotUpdatesOffset,
   kHeaderNumWords,  // of the whole buffer
-  kHeaderMaxQueryLen,  // of the rows; with the three counts the step's shape
-  kHeaderNumAdapterSlots,  // of the starts, which are one more; 0: there are none
+  // The largest query_len of a row; with the three counts it is the step's shape.
+  kHeaderMaxQueryLen,
+  kHeaderNumAdapterSlots,  // starts has one word more than this; 0: the step has no starts
   kHeaderWords = 16,
 };
 constexpr int32_t kStepMagic = 0x70797376;  // "pysv"
@@ -40,8 +43,8 @@ constexpr int32_t kStepMagic = 0x70797376;  // "pysv"
 enum RowWord : int32_t {
   kRowSlot = 0,
   kRowQueryLen,
-  kRowTokensOffset,  // words from kHeaderTokensOffset, or -1: the slot's last token
-  kRowSample,        // 1: the row's last token is sampled from
+  kRowTokensOffset,  // in words from kHeaderTokensOffset; -1: the slot's last token
+  kRowSample,        // 1: a token is sampled from the logits of the row's last token
   kRowWords = 4,
 };
 
@@ -56,8 +59,9 @@ enum BlockUpdateWord : int32_t {
 // A slot row: device state of one running sequence.
 enum SlotWord : int32_t {
   kSlotNumComputed = 0,   // tokens whose KV is valid or in flight
-  kSlotLastToken,         // sampled last, -1 before the first; 0 where sampling has failed
-  kSlotMinTotalLen,       // stop ids are banned while the new token's position is below
+  // The token sampled last; -1 before the first; 0 where sampling has failed.
+  kSlotLastToken,
+  kSlotMinTotalLen,       // while the new token's position is below this, stop ids are banned
   kSlotHasPenalties,      // 0 or 1; with 0 token_counts is neither read nor written
   kSlotTemperature,       // float; 0 is greedy
   kSlotTopP,              // float
@@ -68,7 +72,7 @@ enum SlotWord : int32_t {
   kSlotFrequencyPenalty,   // float
   kSlotSeedLow,           // 64-bit seed
   kSlotSeedHigh,
-  kSlotSampleIndex,       // which of the n choices
+  kSlotSampleIndex,       // which of the request's n choices this sequence is
   kSlotNumBias,
   kSlotNumStop,
   kSlotHeaderWords = 16,
@@ -81,12 +85,13 @@ constexpr int32_t kSlotStopIds = kSlotBiasValues + kMaxLogitBias;
 constexpr int32_t kSlotWords = kSlotStopIds + kMaxStopTokenIds;  // 680
 
 // One slot update, of variable length: the words below, the kSlotHeaderWords of the slot row,
-// num_bias ids, num_bias values, num_stop ids, then the tokens token_counts is rebuilt from.
+// num_bias ids, num_bias values and num_stop ids. Behind them come the tokens of the prompt and of
+// the output from which token_counts is rebuilt.
 enum SlotUpdateWord : int32_t {
-  kSlotUpdateNumWords = 0,  // of this record, to find the next
+  kSlotUpdateNumWords = 0,  // words of this record, which tell where the next one begins
   kSlotUpdateSlot,
-  kSlotUpdateNumPromptTokens,  // counted as prompt; 0 where the slot has no penalties
-  kSlotUpdateNumOutputTokens,  // counted as output; likewise
+  kSlotUpdateNumPromptTokens,  // tokens to count as prompt; 0 where the slot has no penalties
+  kSlotUpdateNumOutputTokens,  // tokens to count as output; likewise
   kSlotUpdateWords = 4,
 };
 

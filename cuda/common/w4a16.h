@@ -1,4 +1,5 @@
-// How a matrix of 4-bit integers lies in memory: pyserve/ops/w4a16.py says it, here are its numbers.
+// The numbers of the layout of a matrix of 4-bit integers. pyserve/ops/w4a16.py explains the layout
+// and its words strip, unit, block and record.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +10,10 @@ constexpr int64_t kStripRows = 16;
 constexpr int64_t kW4BlockColumns = 64;
 constexpr int64_t kW4BlockWords = 128;
 constexpr int64_t kW4RecordWords = 16;
-constexpr uint32_t kW4ZeroMask = 0xff;  // of a record's word; the rest is the scale
+// The zero point in a record's word; the other bits are the scale.
+constexpr uint32_t kW4ZeroMask = 0xff;
 
-// What follows from the group size.
+// The sizes of a unit, which follow from the group size.
 struct W4Format {
   int64_t group_size, unit_blocks, unit_records;
 

@@ -1,5 +1,6 @@
-// The arguments of paged_attention, checked: what holds on every device. What the rows say, slots
-// and lengths, is the kernel's to check; head_dim and block_size are each device's own.
+// The arguments of paged_attention with the checks that hold on every device. The values in the
+// tensors, such as slots and lengths, are checked by the kernel. Which head_dim and block_size are
+// supported is checked by each device.
 #pragma once
 
 #include "../check.h"

@@ -1,4 +1,4 @@
-// The arguments of apply_bitmask, checked. Which rows are named is the kernel's to check.
+// The arguments of apply_bitmask, checked. The row numbers themselves are checked by the kernel.
 #pragma once
 
 #include "../check.h"
@@ -12,7 +12,7 @@ struct BitmaskArgs {
   int64_t num_rows() const { return logits.size(0); }
   int64_t vocab_size() const { return logits.size(1); }
   int64_t num_masked() const { return rows.size(0); }
-  int64_t num_words() const { return bitmask.size(1); }  // of one row's mask
+  int64_t num_words() const { return bitmask.size(1); }  // words of the mask of one row
 };
 
 inline BitmaskArgs bitmask_args(const ViewReader& read, const Tensor& logits,

@@ -1,5 +1,5 @@
 // The arguments of the ops between ranks, checked: the table of common/peers.h, and that a message
-// has room in it.
+// fits the area which the table gives it.
 #pragma once
 
 #include <optional>
@@ -10,7 +10,7 @@
 
 namespace pyserve {
 
-// The table, on the host.
+// The table of common/peers.h, which lies on the host.
 struct PeerTable {
   const int64_t* words;
 
@@ -40,7 +40,7 @@ inline void check_aligned(const View& view) {
                 " must begin at a multiple of 16 bytes");
 }
 
-// Rows that are read 16 bytes at a time.
+// Rows that a kernel reads 16 bytes at a time.
 inline Rows aligned_rows(const View& view) {
   const Rows rows = rows_of(view);
   check_aligned(view);
@@ -49,7 +49,7 @@ inline Rows aligned_rows(const View& view) {
   return rows;
 }
 
-// x of an all-reduce in place; returns its vectors of 16 bytes.
+// The tensor of an all-reduce in place; returns how many vectors of 16 bytes it has.
 inline int64_t message_vecs(const View& x) {
   const int64_t count = num_elements(x);
   PYSERVE_CHECK(count == 0 || rows_of(x).stride == x.size(x.dim - 1), x.op,
@@ -60,8 +60,8 @@ inline int64_t message_vecs(const View& x) {
 }
 
 struct GatherArgs {
-  View local, out;  // out of the leader alone
-  int64_t num_rows, row_bytes, local_stride, out_stride, out_part_stride;  // bytes
+  View local, out;  // out is there on the leader only
+  int64_t num_rows, row_bytes, local_stride, out_stride, out_part_stride;  // strides are in bytes
 };
 
 inline GatherArgs gather_args(const ViewReader& read, const PeerTable& table, const Tensor& local,

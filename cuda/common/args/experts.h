@@ -9,7 +9,7 @@
 
 namespace pyserve {
 
-// How scores become weights: pyserve/ops/experts.py.
+// How a router's scores become weights; pyserve/ops/experts.py explains each field.
 struct RouteRule {
   bool is_sigmoid, is_normalized;
   float scale;
@@ -81,13 +81,14 @@ inline RouteArgs route_args(const ViewReader& read, const Tensor& x, const Tenso
   return args;
 }
 
-// Rows of x by the matrix of each one's expert. `order` says which rows of x they are, and `sorted_x`
-// is room for them in order; without it they are.
+// Multiplies each row of x by the matrix of that row's expert. With `order`, x has one row per
+// token and `order` lists the assignments (token * top_k + choice) sorted by expert; a kernel may
+// gather the rows into `sorted_x`. Without `order` the rows of x are sorted by expert already.
 struct GroupedArgs {
   View x, weight, offsets, out, sorted_x;
   const int32_t* order = nullptr;
-  int64_t top_k = 1;      // assignments of a row of x
-  int64_t max_group = 0;  // no expert has more rows
+  int64_t top_k = 1;      // assignments of each row of x
+  int64_t max_group = 0;  // upper bound on the rows of any one expert
 
   int64_t num_experts() const { return offsets.size(0) - 1; }
   int64_t max_rows() const { return out.size(0); }
@@ -95,7 +96,7 @@ struct GroupedArgs {
   int64_t k() const { return x.size(1); }
 };
 
-// All but the weight and the order.
+// Reads everything except the weight and the order.
 inline GroupedArgs grouped_rows_args(const ViewReader& read, const Tensor& x, const Tensor& offsets,
                                      const Tensor& out) {
   GroupedArgs args{.x = read("x", x, 2),
@@ -119,7 +120,7 @@ inline GroupedArgs grouped_args(const ViewReader& read, Epilogue epilogue, const
   return args;
 }
 
-// x stands in order.
+// For ops whose rows of x are sorted by expert already.
 inline void read_in_order(int64_t max_group, GroupedArgs& args) {
   check_size(args.x, 0, args.max_rows());
   PYSERVE_CHECK(max_group >= 0, args.x.op, ": max_group is ", max_group);
@@ -144,7 +145,7 @@ inline void read_sorted_x(const ViewReader& read, const Tensor& sorted_x, Groupe
   check_same_dtype(args.sorted_x, args.x);
 }
 
-// What offsets and order hold, on a CPU.
+// Checks the values of offsets and order, which only the CPU ops can read here.
 inline void check_groups(const GroupedArgs& args) {
   const char* op = args.offsets.op;
   const auto* offsets = args.offsets.ptr<int32_t>();
@@ -162,7 +163,8 @@ inline void check_groups(const GroupedArgs& args) {
   }
 }
 
-// With an order the epilogue is kSiluMul; else the rows of x stand in order, and it is kStore.
+// An op that is given an order applies kSiluMul (the first linear of the experts). One without it
+// finds the rows of x sorted by expert and applies kStore (the second).
 struct GroupedEpilogueArgs : GroupedArgs {
   Epilogue epilogue;
 };

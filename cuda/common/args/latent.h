@@ -1,5 +1,6 @@
-// The arguments of rope_write_latent, latent_attention and batched_linear, checked. Positions,
-// slots and lengths themselves are the kernel's to check, sizes of the latent each device's own.
+// The arguments of rope_write_latent, latent_attention and batched_linear, checked. The values of
+// positions, slots and lengths are checked by the kernel. Which sizes of the latent are supported
+// is checked by each device.
 #pragma once
 
 #include "../check.h"

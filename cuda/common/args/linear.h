@@ -8,7 +8,8 @@
 
 namespace pyserve {
 
-// Sums of squares, float32 [m, num_squares(columns)]; null: no norm.
+// The partial sums of squares of an RMSNorm (see epilogue.h), float32 [m, num_squares(columns)];
+// null where there is no norm.
 struct Squares {
   float* data = nullptr;
   int64_t stride = 0;
@@ -17,10 +18,11 @@ struct Squares {
 };
 
 struct LinearArgs {
-  View x, weight, out;  // weight: of plain numbers
+  View x, weight, out;  // weight is empty where an fp8 or w4a16 op has its own matrix
   const void* bias = nullptr;  // null: none
-  Squares x_squares;           // of the norm that is a factor of the sums
-  // With kAdd: the norm that follows, what it makes of out, and the sums that its factor needs.
+  Squares x_squares;           // of the RMSNorm of x, which becomes a factor of the sums
+  // Only with kAdd: the weight of the RMSNorm that follows, the residual times that weight, and the
+  // sums of squares of the residual.
   const void* norm_weight = nullptr;  // null: none
   View scaled;
   Squares squares;
@@ -30,7 +32,7 @@ struct LinearArgs {
   int64_t k() const { return x.size(1); }
 };
 
-// All but the weight and the bias; with kAdd `out` is the residual.
+// Reads everything except the weight and the bias. With kAdd `out` is the residual.
 inline LinearArgs rows_args(const ViewReader& read, Epilogue epilogue, const Tensor& x,
                             const Tensor& out) {
   const char* out_name = epilogue == Epilogue::kAdd ? "residual" : "out";
@@ -80,12 +82,12 @@ inline void read_x_squares(const ViewReader& read, const std::optional<Tensor>& 
   }
 }
 
-// What an op may be given of a norm before, and of one behind.
+// What an op may be given of the RMSNorm in front of it (x_squares) and of the one behind it.
 struct NormTensors {
   const std::optional<Tensor>&x_squares, &norm_weight, &scaled, &squares;
 };
 
-// All three or none.
+// Either all three tensors are given or none.
 inline void read_norm(const ViewReader& read, const std::optional<Tensor>& norm_weight,
                       const std::optional<Tensor>& scaled, const std::optional<Tensor>& squares,
                       LinearArgs& args) {
@@ -108,7 +110,7 @@ inline Epilogue epilogue_of(const char* op, int64_t number) {
   return static_cast<Epilogue>(number);
 }
 
-// All but the weight, of an op that is given its epilogue.
+// Reads everything except the weight, for an op that is given its epilogue as a number.
 inline void read_epilogue(const ViewReader& read, Epilogue epilogue, int64_t weight_rows,
                           const std::optional<Tensor>& bias, const NormTensors& norm,
                           LinearArgs& args) {

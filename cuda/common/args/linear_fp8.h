@@ -9,8 +9,9 @@
 
 namespace pyserve {
 
-// One matrix [n, k], or those of all experts, one behind the other. The scale of an element is that of
-// its row / scale_rows and column / scale_columns.
+// One matrix [n, k] of e4m3, or those of all experts one behind the other. Each block of scale_rows
+// rows by scale_columns columns has one scale: element (r, c) uses scale (r / scale_rows, c /
+// scale_columns).
 struct Fp8Matrix {
   const uint8_t* bytes;
   const float* scales;
@@ -20,14 +21,15 @@ struct Fp8Matrix {
   int64_t num_scale_rows() const { return (n + scale_rows - 1) / scale_rows; }
   int64_t num_groups() const { return (k + scale_columns - 1) / scale_columns; }
 
-  // [num_groups]
+  // The scales of the row's groups of columns: [num_groups].
   const float* scales_of(int64_t index, int64_t row) const {
     return scales + (index * num_scale_rows() + row / scale_rows) * num_groups();
   }
   const uint8_t* row(int64_t index, int64_t row) const { return bytes + (index * n + row) * k; }
 };
 
-// Groups of columns begin where blocks of 64 do: scale_columns is a multiple of 64, or k.
+// scale_columns is a multiple of 64, or k: the kernels take 64 columns at a time, and these must
+// not cross from one group into the next.
 inline Fp8Matrix fp8_matrix(const ViewReader& read, const Tensor& weight, const Tensor& scales,
                             int64_t scale_rows, int64_t scale_columns, bool is_stacked) {
   const int64_t dim = is_stacked ? 3 : 2;

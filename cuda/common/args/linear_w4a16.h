@@ -10,17 +10,17 @@
 
 namespace pyserve {
 
-// `packed` [num_strips, num_units, unit_words], read once; or those of all experts, one behind the
-// other.
+// `packed` [num_strips, num_units, unit_words] as pyserve/ops/w4a16.py lays it out, or those of all
+// experts one behind the other.
 struct W4Matrix {
   const uint32_t* words;
-  int64_t num_strips, num_units;  // of each
+  int64_t num_strips, num_units;  // of each matrix
   W4Format format;
 
   int64_t strip_words() const { return num_units * format.unit_words(); }
 };
 
-// `count` of them where they are stacked.
+// `count` is the number of stacked matrices; -1 means a single one, without that dim.
 inline W4Matrix w4_matrix(const ViewReader& read, const Tensor& packed, int64_t count = -1) {
   const int64_t dim = count < 0 ? 3 : 4;
   const View view = read("packed", packed, dim, ScalarType::Int);
@@ -35,7 +35,7 @@ inline W4Matrix w4_matrix(const ViewReader& read, const Tensor& packed, int64_t 
   return matrix;
 }
 
-// Whether it is that of n rows by k columns.
+// Checks that the matrix is one of n rows by k columns.
 inline void check_w4_shape(const char* op, const W4Matrix& matrix, int64_t n, int64_t k) {
   const int64_t strips = (n + kStripRows - 1) / kStripRows;
   const int64_t columns = matrix.format.unit_columns();
@@ -67,7 +67,7 @@ struct GroupedW4Args : GroupedEpilogueArgs {
   W4Matrix matrix;
 };
 
-// sorted_x is room for x in order, where a kernel takes that.
+// sorted_x is room for x in the order of the experts, for kernels that copy x there first.
 inline GroupedW4Args grouped_w4_args(const ViewReader& read, const Tensor& packed,
                                      const std::optional<Tensor>& sorted_x,
                                      const GroupedEpilogueArgs& rows) {

@@ -1,4 +1,5 @@
-// The arguments of logprobs, checked. Which rows and tokens are named is the kernel's to check.
+// The arguments of logprobs, checked. The row and token numbers themselves are checked by the
+// kernel.
 #pragma once
 
 #include "../check.h"

@@ -1,5 +1,5 @@
-// The arguments of lora_shrink, lora_expand and lora_expand_silu_mul, checked. What starts, ranks
-// and columns hold is the kernel's to check.
+// The arguments of lora_shrink, lora_expand and lora_expand_silu_mul, checked. The values of
+// starts, ranks and columns are checked by the kernel.
 #pragma once
 
 #include <optional>
@@ -10,7 +10,7 @@ namespace pyserve {
 
 struct LoraShrinkArgs {
   View x, a, starts, ranks, scales, out;
-  Squares x_squares;  // of the norm that is a factor of x; null: none
+  Squares x_squares;  // of the RMSNorm of x, which becomes a factor; null: none
 
   int64_t num_tokens() const { return x.size(0); }
   int64_t num_slots() const { return a.size(0); }
@@ -21,7 +21,7 @@ struct LoraShrinkArgs {
 };
 
 struct LoraExpandArgs {
-  View shrunk, b, starts, ranks, columns, out;  // out: what is added to
+  View shrunk, b, starts, ranks, columns, out;  // out is added to
 
   int64_t num_tokens() const { return out.size(0); }
   int64_t num_slots() const { return b.size(0); }

@@ -9,8 +9,8 @@ namespace pyserve {
 
 struct NormArgs {
   View x, weight, out;
-  View residual;  // x where there is none
-  View x_weight;  // weight where x is not normed itself
+  View residual;  // a copy of x where the op has none
+  View x_weight;  // a copy of weight where x itself is not normed first
 };
 
 // `residual` is null for rms_norm.

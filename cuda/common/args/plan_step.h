@@ -1,4 +1,4 @@
-// The arguments of plan_step, checked. What the buffer holds is the kernel's to check.
+// The arguments of plan_step, checked. The content of step_input is checked by the kernel.
 #pragma once
 
 #include "../check.h"

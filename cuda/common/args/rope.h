@@ -1,5 +1,5 @@
-// The arguments of rope_write_kv, checked. Positions and slots themselves are the kernel's to
-// check.
+// The arguments of rope_write_kv, checked. The values of positions and slots are checked by the
+// kernel.
 #pragma once
 
 #include <optional>

@@ -1,4 +1,4 @@
-// The arguments of sample, checked. What the slots hold is the kernel's to check.
+// The arguments of sample, checked. The content of the slots is checked by the kernel.
 #pragma once
 
 #include "../check.h"
