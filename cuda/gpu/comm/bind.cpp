@@ -1,4 +1,4 @@
-// The CUDA side of the ops between ranks: arguments are checked and handed to the kernels of
+// The CUDA side of the ops between ranks: checks the arguments and calls the launchers of
 // one_shot.cu, two_shot.cu and rows.cu.
 #include <torch/csrc/stable/library.h>
 

@@ -1,10 +1,10 @@
-// Work of several cards together, by the memory of common/peers.h: all_reduce_add_norm,
-// all_reduce_one_shot, all_reduce_two_shot, gather_rows and broadcast_tokens.
+// The ops in which several devices work together, through the buffers of common/peers.h:
+// all_reduce_add_norm, all_reduce_one_shot, all_reduce_two_shot, gather_rows and broadcast_tokens.
 //
-// All ranks launch the same ops in the same order with the same shapes, each on one stream. A
-// kernel waits on the card for the others' data. Where that does not come in spin_ns the kernel
-// traps, which is a CUDA error of this process: a peer that is gone does not hang the card for
-// ever.
+// All ranks launch the same ops in the same order with the same shapes, each rank on one stream. A
+// kernel waits on the device for the data of the other ranks. If the data does not come within
+// spin_ns, the kernel traps, which is a CUDA error of this process: a rank that has died does not
+// hang the others for ever.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -18,21 +18,21 @@
 namespace pyserve::gpu {
 
 struct Peers {
-  unsigned char* buffers[kMaxTpSize];  // of all ranks, as mapped here
+  unsigned char* buffers[kMaxTpSize];  // the buffers of all ranks, as mapped in this process
   int32_t tp_rank, tp_size;
   int64_t spin_ns;
-  bool is_trial;  // a wait that is given up is noted, and the kernel goes on with what is there
+  bool is_trial;  // a given-up wait is recorded, and the kernel goes on with what it has
 };
 
 struct OneShotArea {
-  int64_t offset;         // in each buffer
-  int64_t message_bytes;  // room of a message
+  int64_t offset;         // the same offset in the buffer of each rank
+  int64_t message_bytes;  // the largest message
 };
 
 struct AllReduceNormParams {
   Peers peers;
   OneShotArea area;
-  NormParams norm;  // x is this rank's part of the sum
+  NormParams norm;  // norm.x is this rank's addend
 };
 
 struct OneShotParams {
@@ -46,7 +46,7 @@ struct OneShotParams {
 struct TwoShotParams {
   Peers peers;
   int64_t reduce_offset, spread_offset, piece_bytes;
-  void* x;  // as above
+  void* x;  // as in OneShotParams
   int64_t num_vecs;
   Dtype dtype;
 };
@@ -60,7 +60,8 @@ struct GatherParams {
   int64_t out_part_stride, out_stride;
   int64_t num_rows, row_bytes;
 
-  bool is_wide() const { return row_bytes % 16 == 0; }  // rows and strides are aligned so then
+  // If so, rows and strides are aligned to 16 bytes too.
+  bool is_wide() const { return row_bytes % 16 == 0; }
 };
 
 struct TokensParams {

@@ -1,4 +1,5 @@
-// Kernels are compiled for each number of ranks, so that a thread asks for all parts at once.
+// Kernels are compiled for each number of ranks, so that a thread can load the data of all other
+// ranks at once into registers.
 #pragma once
 
 #include <type_traits>

@@ -1,4 +1,5 @@
-// The launchers of one_shot.cuh. As many CTAs as fit the card at a time, and no more.
+// The launchers of one_shot.cuh. A grid never has more CTAs than the device has SMs, so that all of
+// its CTAs run at the same time.
 #include "gpu/comm/one_shot.cuh"
 
 #include <algorithm>

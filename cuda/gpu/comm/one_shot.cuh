@@ -1,25 +1,30 @@
-// The sum over all ranks of a small message, in one trip over the links: every rank writes its part
-// to all others, and adds up what it was sent. One kernel, no flags: a word says itself that it is
-// there, by not being what it was cleared to. With residual and norm behind the sum:
+// The sum over all ranks of a small message of bfloat16 or float16, in one trip over the links:
+// every rank writes its addend into the buffers of all other ranks, and each rank then adds up what
+// it has received. Each op is one kernel and uses no flags:
 //
-//   all_reduce_add_norm   residual += sum of x, out = rms_norm(residual)
-//   all_reduce_one_shot   x = sum of x
+//   all_reduce_add_norm   residual += sum of x, out = rms_norm(residual); x [num_rows, hidden]
+//   all_reduce_one_shot   x = sum of x, of num_vecs vectors of 16 bytes
 //
-// Absent is the word of two negative zeros. One in the message is sent as positive zeros instead,
-// which changes no sum that begins with 0; NaN of any bits passes. A vector of 16 bytes may arrive
-// word by word, so each word of it is looked at. Who reads a vector clears it.
+// Arrival: a 32-bit word that has not arrived holds the marker kAbsent, the bits of two negative
+// zeros. A word of the message with these bits is sent as two positive zeros, which changes no sum,
+// because sums begin with +0; NaNs of any bits pass unchanged. A vector of 16 bytes may arrive word
+// by word, so each of its words is checked. Whoever reads a vector sets its place back to kAbsent.
 //
-// Three rounds' messages have room. A rank is never two rounds ahead of another: it ends round e
-// only with the other's part of e. So what a rank writes in round e + 3 goes where the reader has
-// cleared in round e, and the reader has ended e + 1 since, or its part of e + 2 would not have
-// been there. Two rounds would do if a kernel's clears were never later than the writes of the next
-// one; with three nothing depends on it.
+// Rounds: the area has room for the messages of three successive calls, called rounds. A rank is
+// never two rounds ahead of another, because it can finish round e only with the other's message of
+// round e. In round e + 3 a rank reuses the place of round e, which the reader has cleared in round
+// e. The reader has also finished round e + 1 by then: otherwise it would not have sent its message
+// of round e + 2, without which the writer could not have reached round e + 3. Two rounds would
+// suffice only if a kernel's clearing stores could never come after the next kernel's arrivals;
+// with three this does not matter.
 //
-// Which thread or CTA takes a vector is each rank's own affair: the grids need not be equal. All
-// CTAs fit the card at a time, and each sends all of its vectors before it waits.
-// Numerics: as float32 from 0 on in the order of ranks, on every rank, so all have the same bits;
-// rounded, then added to the residual and normed as add_rms_norm does, thread by thread.
-// Floor: one trip, 1 to 2 us; bytes, (tp_size - 1) messages in at the link's rate.
+// Work: vectors are spread over threads and CTAs. Each rank may do so in its own way, so the grids
+// need not be equal. All CTAs of a grid run at the same time, and each sends all of its vectors
+// before it waits for any.
+// Numerics: every rank adds in float32, from 0 and in the order of the ranks, so all ranks get the
+// same bits. The sum is rounded, then added to the residual and normed by the same code as
+// add_rms_norm.
+// Floor: one trip takes 1 to 2 us, and (tp_size - 1) messages come in at the rate of the links.
 #pragma once
 
 #include "gpu/comm/wait.cuh"
@@ -41,7 +46,7 @@ __device__ __forceinline__ uint4 sendable(const uint4& vec) {
           vec.z == kAbsent ? 0 : vec.z, vec.w == kAbsent ? 0 : vec.w};
 }
 
-// sum += parts, one after another.
+// sum += each of the parts, in their order.
 template <class T, int kCount>
 __device__ __forceinline__ void add_parts(float (&sum)[kVec], const uint4 (&parts)[kCount]) {
 #pragma unroll
@@ -53,7 +58,7 @@ __device__ __forceinline__ void add_parts(float (&sum)[kVec], const uint4 (&part
   }
 }
 
-// One round's messages.
+// The messages of one round.
 template <class T, int kTpSize>
 class OneShot {
  public:
@@ -64,14 +69,16 @@ class OneShot {
         offset_(static_cast<uint32_t>(area.offset) + round_ * (kTpSize - 1) * message_bytes_) {}
 
   __device__ void send(const uint4& own, int vec) const {
-#pragma unroll 1  // the addresses of all would not fit the registers
+#pragma unroll 1  // unrolled, the addresses of all ranks would not fit the registers
     for (int i = 1; i < kTpSize; ++i) {
-      const int to = (peers_.tp_rank + i) % kTpSize;  // not all to the same one at a time
+      // Begins with the next rank, so that not all ranks write to the same one first.
+      const int to = (peers_.tp_rank + i) % kTpSize;
       store_system(peers_.buffers[to] + place(peers_.tp_rank, to, vec), own);
     }
   }
 
-  // The sum of the ranks' parts of a vector, of which `own` is ours; clears the others' places.
+  // The sum of all ranks' addends of a vector, of which `own` is this rank's; sets the places of
+  // the other ranks back to kAbsent.
   __device__ uint4 receive(const uint4& own, int vec) const {
     float sum[kVec] = {};
 #pragma unroll
@@ -89,7 +96,8 @@ class OneShot {
     return pack<T>(sum);
   }
 
-  // Called by all threads of the block when none of them is at work any more.
+  // Moves on to the next round. Called by all threads of the block, behind a barrier after which
+  // none of them uses the round any more.
   __device__ void end() const {
     set_own_words(peers_, kControlRounds, kMaxRoundCtas,
                   round_ + 1 == kOneShotRounds ? 0 : round_ + 1);
@@ -101,7 +109,7 @@ class OneShot {
   __device__ uint32_t place(int source, int owner, int vec) const {
     return offset_ + part_of(source, owner) * message_bytes_ + 16 * vec;
   }
-  // Parts of kGroup ranks, asked for together, and again until they are there.
+  // Loads the addends of kGroup ranks together, and again until all of them have arrived.
   __device__ void wait(uint4 (&parts)[kGroup], int first, const uint4& own, int vec) const {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
@@ -128,18 +136,20 @@ class OneShot {
   const Peers& peers_;
   const uint32_t message_bytes_;
   const uint32_t round_;
-  const uint32_t offset_;  // of its messages, in every buffer
+  const uint32_t offset_;  // of this round's messages, the same in every buffer
 };
 
 template <class T, int kTpSize, int kVecs>
 __global__ void __launch_bounds__(kMaxNormThreads)
     all_reduce_add_norm_kernel(const __grid_constant__ AllReduceNormParams p) {
   const NormParams& norm = p.norm;
-  const int num_vecs = static_cast<int>(norm.hidden / kVec);  // of a row; a message is small
+  // Vectors of a row; 32 bits suffice, since a message is small.
+  const int num_vecs = static_cast<int>(norm.hidden / kVec);
   const int num_rows = static_cast<int>(norm.num_rows);
   const T* x = static_cast<const T*>(norm.x);
   const T* weight = static_cast<const T*>(norm.weight);
-  constexpr bool kHoldsWeights = kTpSize < 8;  // with more parts they would not fit the registers
+  // For 8 ranks the parts leave no registers for the weights.
+  constexpr bool kHoldsWeights = kTpSize < 8;
   uint4 weights[kVecs];
   const auto load_weight = [&](int i) {
     const int vec = threadIdx.x + i * blockDim.x;
@@ -193,7 +203,7 @@ __global__ void __launch_bounds__(kMaxNormThreads)
       const uint4 result = normed<T>(held[i], scale, factor, norm.offset);
       if (vec < num_vecs) store_vec(out + vec * kVec, result);
     }
-    __syncthreads();  // the sum's shared memory is free again
+    __syncthreads();  // the shared memory of block_sum may be written again
   }
   round.end();
 }
@@ -211,7 +221,7 @@ __global__ void __launch_bounds__(kOneShotThreads) all_reduce_one_shot_kernel(co
   for (int vec = first; vec < p.num_vecs; vec += step) {
     store_vec(x + vec * kVec, round.receive(sendable(load_vec(x + vec * kVec)), vec));
   }
-  __syncthreads();  // all threads know which round it is
+  __syncthreads();  // all threads have read the number of the round
   round.end();
 }
 

@@ -1,16 +1,18 @@
-// What the leader, rank 0, gets from the others, and what it tells them.
+// Data that the leader, rank 0, collects from the other ranks, and data that it sends to them:
 //
-//   gather_rows       out[r] = rank r's rows, on the leader; bits are kept
-//   broadcast_tokens  tokens = the leader's, on all others
+//   gather_rows       on the leader, out[r] = the rows of rank r, bit for bit
+//   broadcast_tokens  on all other ranks, tokens = the leader's tokens
 //
-// gather: CTA b of another rank writes its share of the rows to the leader's buffer and raises a
-// flag for CTA b of the leader, which copies it. One round has room, so that a rank waits until all
-// of the leader's CTAs have said that they are done with the last one; they were long ago. The grid
-// and the width of a word are the same on all ranks: they depend on the rows alone.
-// tokens: one CTA. A token travels in one word of 64 bits with the number of its round, which says
-// that it is there. Two rounds have room; the leader waits until the others have the one before the
-// last.
-// Floor: bytes, of the parts at the link's rate; a trip and a flag, 3 us. Of tokens a trip.
+// gather_rows: CTA b of another rank writes its share of the rows into the leader's buffer and
+// raises a flag for CTA b of the leader, which copies that share to `out`. The buffer has room for
+// one round only, so a rank first waits until every CTA of the leader has acknowledged the round
+// before. That is usually long past. The grid and the width of a word are the same on all ranks,
+// because they depend only on the shape of the rows. broadcast_tokens: one CTA. A token travels in
+// a 64-bit word together with the number of its round, by which the reader sees that it has
+// arrived. The buffer has room for two rounds, so the leader first waits until all ranks have
+// acknowledged the round before the last.
+// Floor: gather_rows is bound by the bytes at the rate of the link, plus a trip and a flag, 3 us;
+// broadcast_tokens by one trip.
 #pragma once
 
 #include "gpu/comm/wait.cuh"
@@ -21,7 +23,7 @@ namespace pyserve::gpu {
 constexpr int kLeader = 0;
 constexpr int kGatherThreads = 512, kTokenThreads = 256;
 
-// Calls fn(row, column) for this thread's share of num_rows by num_columns.
+// Calls fn(row, column) for each item of this thread's share of num_rows by num_columns items.
 template <class Fn>
 __device__ __forceinline__ void for_each(int64_t num_rows, int64_t num_columns, Fn&& fn) {
   const int64_t num_items = num_rows * num_columns;
@@ -43,7 +45,8 @@ __device__ __forceinline__ Word& word_of(void* rows, int64_t stride, int64_t row
   return static_cast<Word*>(rows)[row * (stride / int64_t{sizeof(Word)}) + column];
 }
 
-// The leader's rows, from its own `local` (unless they lie in their place) and from the others.
+// On the leader: copies its own rows from `local` (unless they are in place already) and then those
+// of the other ranks from the buffer.
 template <class Word>
 __device__ __forceinline__ void collect(const GatherParams& p, uint32_t round) {
   const Peers& peers = p.peers;
@@ -101,7 +104,7 @@ __global__ void __launch_bounds__(kGatherThreads) gather_rows_kernel(const __gri
       store_release(control_word(peers, kLeader, word), round);
     }
   }
-  __syncthreads();  // all threads know which round it is
+  __syncthreads();  // all threads have read the number of the round
   set_own_words(peers, kControlGathered, kMaxFlagCtas, round);
 }
 

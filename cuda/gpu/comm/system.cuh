@@ -1,7 +1,7 @@
-// Memory that several cards read and write at once. All accesses to a peer's buffer, and to our own
-// where a peer writes, are these: relaxed at system scope, so that each is one access to the memory
-// itself, past L1, and that of 4 bytes (of 8 by its 64-bit form) is not torn. A vector of 16 bytes
-// is four such accesses in any order.
+// Accesses to memory that several devices read and write at the same time. Every access to another
+// rank's buffer, and to this rank's own buffer where others write it, is one of these: relaxed at
+// system scope. Such an access goes to the memory itself, past L1, and is never torn within 4 bytes
+// (8 bytes in the 64-bit form). A vector of 16 bytes counts as four such accesses in any order.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -56,8 +56,8 @@ __device__ __forceinline__ uint16_t load_system<uint16_t>(const void* source) {
   return value;
 }
 
-// A flag that tells of what this thread, and behind a barrier its block, has written or read: who
-// sees the flag by load_acquire sees all of that.
+// Stores a flag behind everything that this thread has written or read; behind a barrier, behind
+// everything of its block. A reader that sees the flag by load_acquire sees those writes too.
 __device__ __forceinline__ void store_release(void* flag, uint32_t value) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }

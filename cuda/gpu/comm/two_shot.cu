@@ -1,4 +1,5 @@
-// The launcher of two_shot.cuh. The grid is the same on all ranks, and fits the smallest card.
+// The launcher of two_shot.cuh. The grid is the same on all ranks, and is small enough to run at
+// once on any device.
 #include "gpu/comm/two_shot.cuh"
 
 #include <algorithm>
@@ -8,7 +9,8 @@
 
 namespace pyserve::gpu {
 
-// A CTA for so many vectors of a piece. More CTAs than kMaxFlagCtas get no more out of the links.
+// How many vectors of a piece justify one more CTA. More CTAs than kMaxFlagCtas do not speed up the
+// links.
 constexpr int64_t kVecsPerCta = 2 * kTwoShotThreads;
 
 cudaError_t launch_all_reduce_two_shot(const TwoShotParams& params, cudaStream_t stream) {

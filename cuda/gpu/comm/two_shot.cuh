@@ -1,19 +1,23 @@
-// all_reduce_two_shot: x = sum of x over all ranks, of messages too large to be sent to everyone.
-// The message is divided in tp_size pieces. A rank sends each other one its piece, adds up its own
-// (reduce), sends the sum to all others and takes theirs (spread): 2 (tp_size - 1) / tp_size of
-// the message over each link, where one shot takes tp_size - 1.
+// all_reduce_two_shot: x = sum of x over all ranks, in bfloat16 or float16, for messages too large
+// to send to every rank. The message is divided into tp_size pieces, one per rank. Each rank sends
+// every other rank that one's piece, adds up its own piece (reduce), then sends the sum to all
+// others and receives theirs (spread). Each link carries 2 (tp_size - 1) / tp_size of the message;
+// one shot would carry tp_size - 1 messages.
 //
-// CTA b of a rank waits for CTA b of the others alone, by flags that hold the number of the round:
-// all ranks have the same grid, which depends on the message alone. A piece's vectors are dealt out
-// to threads in the same way on all ranks and in both halves, but nothing rests on it: a flag is
-// behind a barrier of its block.
+// Work: CTA b of a rank waits only for CTA b of the other ranks, by flags that hold the number of
+// the round. Hence the grid must be the same on all ranks; it depends only on the size of the
+// message. The vectors of a piece are also dealt out to threads in the same way on all ranks and in
+// both halves. Nothing relies on that within a CTA, since each flag is raised and awaited with a
+// barrier of its block.
 //
-// One round's pieces have room. A rank sends a piece of round e + 1 when its kernel of e has ended,
-// so all others have told it by then that their sums, and with them their pieces of e, are done
-// with; and it spreads a sum of e + 1 when all others have sent pieces of e + 1, so their kernels
-// of e have ended, which copied the sums of e.
-// Numerics: as float32 in the order of ranks, by the one rank that adds; one rounding.
-// Floor: bytes, as above; two trips, two flags, 6 to 8 us.
+// Rounds: the buffer has room for the pieces of one round only, which is enough. A rank sends
+// pieces of round e + 1 only after its kernel of round e has ended, and that needed the sums of all
+// other ranks; they had finished reading their pieces of round e by then. And it spreads sums of
+// round e + 1 only once all others have sent pieces of e + 1, so their kernels of round e, which
+// copied the sums of e, have ended.
+// Numerics: one rank adds each piece in float32, from 0 and in the order of the ranks, and rounds
+// once.
+// Floor: the bytes above, plus two trips and two flags, 6 to 8 us.
 #pragma once
 
 #include "gpu/comm/one_shot.cuh"
@@ -22,7 +26,7 @@ namespace pyserve::gpu {
 
 constexpr int kTwoShotThreads = 512;
 
-// Tells each other rank's CTA of this number what the block has written to that rank.
+// Tells CTA blockIdx.x of every other rank that this block's writes to that rank are complete.
 __device__ __forceinline__ void raise_flags(const Peers& peers, int32_t flags, uint32_t round) {
   __syncthreads();
   const int to = threadIdx.x;
@@ -31,7 +35,7 @@ __device__ __forceinline__ void raise_flags(const Peers& peers, int32_t flags, u
   store_release(control_word(peers, to, word), round);
 }
 
-// Waits for what those of all others have written.
+// Waits for the same flags from CTA blockIdx.x of every other rank.
 __device__ __forceinline__ void await_flags(const Peers& peers, int32_t flags, uint32_t round) {
   const int from = threadIdx.x;
   if (from < peers.tp_size && from != peers.tp_rank) {
@@ -46,7 +50,8 @@ __global__ void __launch_bounds__(kTwoShotThreads) all_reduce_two_shot_kernel(co
   const Peers& peers = p.peers;
   const int own = peers.tp_rank;
   T* x = static_cast<T*>(p.x);
-  const int64_t piece = (p.num_vecs + kTpSize - 1) / kTpSize;  // vectors; the last may have fewer
+  // In vectors; the last piece may have fewer.
+  const int64_t piece = (p.num_vecs + kTpSize - 1) / kTpSize;
   const int64_t first = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
   const int64_t step = int64_t{gridDim.x} * blockDim.x;
   const auto size_of = [&](int rank) {

@@ -1,4 +1,4 @@
-// How threads wait for other cards, and for how long.
+// How threads wait for other devices, and for how long.
 #pragma once
 
 #include "gpu/comm/comm.h"
@@ -10,12 +10,13 @@ __device__ __forceinline__ void* control_word(const Peers& peers, int32_t owner,
   return peers.buffers[owner] + int64_t{4} * word;
 }
 
-// A wait of one thread.
+// One thread's wait, with its time limit.
 class Spin {
  public:
   __device__ explicit Spin(const Peers& peers) : peers_(peers) {}
 
-  // Called after each look in vain: whether to look again. False in a trial alone.
+  // Called after each look that found nothing; says whether to look again. After spin_ns it traps;
+  // only in a trial does it return false.
   __device__ bool goes_on() {
     if (++num_looks_ % kLooksPerClock != 0) return true;
     const int64_t now = now_ns();
@@ -33,23 +34,25 @@ class Spin {
   int64_t first_ns_ = 0;
 };
 
-// Waits for a flag of `round`. It is not written in every round, so that an older one may seem to be
-// ahead; nor again before this wait is over.
+// Waits until a flag equals `round`. It tests for equality and not for "at least": a flag is not
+// written in every round, so after the numbers have wrapped around an old one might look newer. The
+// flag cannot move past `round` before this wait is over.
 __device__ __forceinline__ void wait_flag(const Peers& peers, const void* flag, uint32_t round) {
   Spin spin(peers);
   while (load_acquire(flag) != round && spin.goes_on()) {
   }
 }
 
-// Waits until a word that is written in every round has come to `round`, or further.
+// Waits until a word that is written in every round has reached `round` or a later one.
 __device__ __forceinline__ void wait_round(const Peers& peers, const void* word, uint32_t round) {
   Spin spin(peers);
   while (static_cast<int32_t>(load_acquire(word) - round) < 0 && spin.goes_on()) {
   }
 }
 
-// What each CTA of a kernel has for itself: a word for it alone, so that no CTA waits for another
-// one. Those of CTAs that this launch does not have are kept in step.
+// Sets the words that hold a number for each CTA of an op's kernels, so that no CTA must wait for
+// another one to read it. The words of CTAs that this grid does not have are set too, for a later
+// launch with a larger grid.
 __device__ __forceinline__ void set_own_words(const Peers& peers, int32_t first_word,
                                               int32_t num_words, uint32_t value) {
   for (unsigned i = blockIdx.x + threadIdx.x * gridDim.x; i < static_cast<unsigned>(num_words);
