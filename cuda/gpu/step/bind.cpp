@@ -1,4 +1,5 @@
-// The plan_step op on CUDA: checks of the tensors; the buffer's content is checked by the kernel.
+// The CUDA side of plan_step: checks the tensors. The content of step_input is checked by the
+// kernel.
 #include <torch/csrc/stable/library.h>
 
 #include "common/args/plan_step.h"

@@ -1,11 +1,13 @@
-// plan_step: applies a packed StepInput (common/step.h) to the slots and derives the batch metadata
-// of the step. Nothing of the buffer is trusted: what the CPU op refuses is a trap here.
+// plan_step: applies a packed StepInput (common/step.h, int32) to the slots and the block table,
+// and derives the batch metadata of the step: input_ids, positions, slot_mapping, row_slots,
+// cu_seqlens_q, seq_lens and sample_rows. Every value of the buffer is checked; where the CPU op
+// would throw, this kernel traps.
 //
-// One CTA, so that the phases can follow each other: slot updates (slot_updates.cuh), block
-// updates, rows (a thread each, prefix sums of their lengths), the tokens of rows with more than
-// one (a thread each, its row by binary search). Updates of one place count in their order: the
-// last one wins.
-// Floor: the latency of about four dependent loads.
+// Work: one CTA, so that barriers can separate the phases. These are the slot updates
+// (slot_updates.cuh); the block updates, one thread each; the rows, one thread each, with prefix
+// sums over their lengths; and the tokens of rows with more than one, one thread each, which finds
+// its row by binary search. Where several updates go to the same place, the last one counts.
+// Bound by the latency of about four dependent loads.
 #include "common/step.h"
 #include "gpu/core/block.cuh"
 #include "gpu/core/launch.cuh"
@@ -16,16 +18,16 @@
 namespace pyserve::gpu {
 namespace {
 
-constexpr int kHashBuckets = 4096;  // of block updates
-constexpr int kCachedRows = 4096;   // whose token ranges lie in shared memory
+constexpr int kHashBuckets = 4096;  // hash table of the places that block updates write
+constexpr int kCachedRows = 4096;   // the token ranges of so many rows are held in shared memory
 
 struct Shared {
   union {
     SlotUpdates updates;
-    uint32_t latest[kHashBuckets];  // 1 + the last block update whose place has this hash
+    uint32_t latest[kHashBuckets];  // 1 + the index of the last block update with this hash, or 0
     struct {
       int32_t begin[kCachedRows + 1];        // first token of each row
-      uint32_t is_used[kMaxPlanSlots / 32];  // bit of each slot that has a row
+      uint32_t is_used[kMaxPlanSlots / 32];  // one bit for each slot, set if it has a row
     } rows;
   };
   int64_t warp_sums[kWarps];
@@ -64,8 +66,9 @@ __device__ inline Step checked_step(const PlanStepParams& p) {
 
 // ---- block updates ------------------------------------------------------------------------------
 
-// Of several updates of one place the last must win. Each thread takes one update: it is the last
-// if no later one has the same hash; else the thread looks through all later ones.
+// Applies the block updates, one thread each. Where several updates go to the same place, only the
+// last may write. An update writes if it is the last one with its hash. If a later one has the same
+// hash, its thread compares it with all later updates of the batch.
 __device__ inline void apply_block_updates(const PlanStepParams& p, const Step& step, Shared& s) {
   const int32_t* updates = step.words + step.block_updates_at;
   for (int64_t done = 0; done < step.num_block_updates; done += kBatch) {
@@ -111,12 +114,13 @@ __device__ __forceinline__ int64_t kv_slot(const PlanStepParams& p, int64_t slot
   return p.block_table[slot * p.block_table_stride + index] * p.block_size + offset;
 }
 
-// Tokens and samples of rows are summed up as one number. Of the kThreads rows that are summed at
-// once each has fewer than 2^31 tokens.
+// Numbers of tokens and samples are summed together in one 64-bit number, the samples from bit
+// kSampleShift on. A prefix sum covers kThreads rows of fewer than 2^31 tokens each, so the tokens
+// stay below that bit.
 constexpr int kSampleShift = 48;
 static_assert(int64_t{kThreads} << 31 < int64_t{1} << kSampleShift);
 
-// Plans row r, except the tokens of a row that has several. All threads must call it.
+// Plans row r, except for the tokens of a row with more than one. All threads must call this.
 __device__ inline void plan_row(const PlanStepParams& p, const Step& step, int64_t r,
                                 int log2_block_size, int64_t& num_tokens, int& num_samples,
                                 Shared& s) {
@@ -169,7 +173,7 @@ __device__ inline void plan_row(const PlanStepParams& p, const Step& step, int64
   num_samples += static_cast<int>(total >> kSampleShift);
 }
 
-// The tokens of rows with more than one.
+// Plans the tokens of rows with more than one token.
 __device__ inline void plan_tokens(const PlanStepParams& p, const Step& step, int log2_block_size,
                                    const Shared& s) {
   const int32_t* ends = step.num_rows <= kCachedRows ? s.rows.begin : p.cu_seqlens_q;
@@ -212,7 +216,7 @@ __device__ inline void pad(const PlanStepParams& p, const Step& step) {
 __global__ void __launch_bounds__(kThreads)
     plan_step_kernel(PlanStepParams p, int log2_block_size) {
   __shared__ Shared s;
-  pdl_launch_dependents();  // nothing to wait for: it is launched the usual way, behind a copy
+  pdl_launch_dependents();  // no wait: this kernel is launched the ordinary way, behind a copy
   const Step step = checked_step(p);
   require(step.num_samples >= 0 && step.num_samples <= step.num_rows);
   if (step.num_slot_updates > 0) apply_slot_updates(p, step, s.updates);

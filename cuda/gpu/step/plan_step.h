@@ -11,7 +11,7 @@ constexpr int64_t kMaxPlanSlots = 131072;
 
 struct PlanStepParams {
   const int32_t* step_input;  // common/step.h
-  int64_t num_words;          // room in it
+  int64_t num_words;          // length of step_input in words
   int32_t* slots;             // [num_slots, kSlotWords]; strides in elements
   int64_t slots_stride, num_slots;
   int32_t* block_table;  // [num_slots, max_blocks_per_seq]

@@ -1,6 +1,7 @@
-// The slot updates of a step (common/step.h) on CUDA, by one CTA: a thread checks one, a warp its
-// lists, and all threads rebuild the token counts of one after another. Nothing of the buffer is
-// trusted. Updates of one slot count in their order: the last one wins.
+// Applies the slot updates of a step (common/step.h) within the one CTA of plan_step. One thread
+// checks a record, one warp checks and writes its lists, and all threads together rebuild the token
+// counts of one slot after another. Every value of the buffer is checked. Where several updates go
+// to the same slot, the last one counts.
 #pragma once
 
 #include <cfloat>
@@ -14,33 +15,36 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kBatch = kThreads;  // updates that are applied at once
+constexpr int kBatch = kThreads;  // as many updates as are applied together
 constexpr int64_t kSlotUpdateHead = int64_t{kSlotUpdateWords} + kSlotHeaderWords;
 
-// Words of the slot updates whose chain is followed at once.
+// Records have different lengths, so each must be found from the one before. This is done within a
+// window of so many words at a time.
 constexpr int kWindowWords = 4096;
 
 struct SlotUpdates {
-  // From each word of the window, taken for the begin of a record, the record some steps on;
-  // kWindowWords where that is not in the window. A step reads one half and writes the other.
+  // jump[.][w] is where one gets from word w of the window after a certain number of records, if w
+  // is the begin of a record; kWindowWords stands for a place outside the window. Doubling the
+  // number reads one of the two arrays and writes the other.
   uint16_t jump[2][kWindowWords + 1];
-  uint16_t found[kBatch];  // words of the window
-  int32_t offset[kBatch];  // words of the buffer
+  uint16_t found[kBatch];  // begins of records, in words of the window
+  int32_t offset[kBatch];  // begins of records, in words of the buffer
   int32_t slot[kBatch];
-  // How many biases and stop ids the slot has before.
+  // The numbers of biases and of stop ids that the slot had before the update.
   int16_t num_old_bias[kBatch], num_old_stop[kBatch];
   bool has_penalties[kBatch];
-  bool has_lists[kBatch];  // biases, stop ids or tokens to count, or the slot has some to clear
-  bool is_last[kBatch];    // of those for its slot
-  bool has_counts;  // one of them does
-  int64_t next;     // word of the next update
+  // Has biases, stop ids or tokens to count, or the slot has old lists to clear.
+  bool has_lists[kBatch];
+  bool is_last[kBatch];    // no later update of this batch is for the same slot
+  bool has_counts;  // some update of this batch has penalties, so counts to rebuild
+  int64_t next;     // word of the buffer where the next update begins
 };
 
 __device__ __forceinline__ void require(bool condition) {
   if (!condition) __trap();
 }
 
-// Header words, checked: sections lie inside the buffer and in order.
+// The header words of the step, once checked: the sections lie inside the buffer and in order.
 struct Step {
   const int32_t* words;
   int64_t magic;
@@ -74,8 +78,9 @@ __device__ inline SlotUpdate slot_update_at(const Step& step, int64_t at) {
           record[kSlotUpdateNumOutputTokens]};
 }
 
-// Whether the next `count` records from word `begin` on have the size of the first, as those of
-// sequences without biases, stop ids and penalties have.
+// Whether the `count` records from word `begin` on all have the size of the first. This is so for
+// sequences without biases, stop ids and penalties, and makes the search for their begins
+// unnecessary.
 __device__ inline bool are_equal_sizes(const Step& step, int64_t begin, int count) {
   const int64_t size = step.words[begin + kSlotUpdateNumWords], at = begin + threadIdx.x * size;
   bool is_equal = true;
@@ -86,9 +91,10 @@ __device__ inline bool are_equal_sizes(const Step& step, int64_t begin, int coun
   return __syncthreads_and(is_equal) != 0;
 }
 
-// Finds the begins of up to `count` records from word `begin` on that lie in one window, into
-// updates.found; returns how many. A record tells only where the next one is: instead of going
-// from one to the next, the distance that is known is doubled in each round.
+// Finds the begins of up to `count` records from word `begin` on that lie within one window. Writes
+// them to updates.found and returns their number. A record tells only where the next one begins;
+// following that chain would take one step per record. Instead jump is composed with itself: each
+// round doubles the number of records that it skips and the number of begins that are known.
 __device__ inline int find_in_window(const Step& step, int64_t begin, int count,
                                      SlotUpdates& updates) {
   const int num_words = static_cast<int>(min(step.num_words - begin, int64_t{kWindowWords}));
@@ -132,7 +138,8 @@ __device__ inline void check_header(const PlanStepParams& p, const int32_t* head
   require(header[kSlotNumComputed] >= 0);
 }
 
-// Checks update i, but for its lists, and notes what applying it must know; a thread.
+// Checks update i except for its lists, and notes what is needed to apply it. One thread calls
+// this.
 __device__ inline void note_update(const PlanStepParams& p, const Step& step, int64_t at, int i,
                                    SlotUpdates& updates) {
   require(at + kSlotUpdateHead <= step.num_words);
@@ -157,7 +164,7 @@ __device__ inline void note_update(const PlanStepParams& p, const Step& step, in
   if (updates.has_penalties[i]) updates.has_counts = true;
 }
 
-// Finds the records of the next `count` <= kBatch updates.
+// Finds and checks the records of the next `count` <= kBatch updates.
 __device__ inline void find_updates(const PlanStepParams& p, const Step& step, int count,
                                     SlotUpdates& updates) {
   int64_t begin = updates.next;
@@ -185,7 +192,9 @@ __device__ inline void check_ids(const int32_t* ids, int64_t n, int64_t vocab_si
   for (int64_t i = rank; i < n; i += num_threads) require(ids[i] >= 0 && ids[i] < vocab_size);
 }
 
-// Whether no later update of this batch replaces what update i does to its slot.
+// Whether no later update of this batch overrides what update i does to its slot. With
+// only_by_counts, an update without penalties does not override, as it leaves the token counts
+// alone.
 __device__ inline bool is_last_of(const SlotUpdates& updates, int i, int count,
                                   bool only_by_counts) {
   bool is_last = true;
@@ -195,7 +204,7 @@ __device__ inline bool is_last_of(const SlotUpdates& updates, int i, int count,
   return is_last;
 }
 
-// Writes count words, and zeros behind them up to num_old; a whole warp.
+// Writes `count` words, and zeros behind them up to num_old words. A whole warp calls this.
 __device__ inline void write_list(int32_t* to, const int32_t* from, int64_t count, int num_old) {
   const int num_written = max(static_cast<int>(count), num_old);
   for (int i = threadIdx.x % kWarpSize; i < num_written; i += kWarpSize) {
@@ -203,8 +212,8 @@ __device__ inline void write_list(int32_t* to, const int32_t* from, int64_t coun
   }
 }
 
-// Checks the lists of update i, and writes them to its slot; a whole warp. All words of a slot's
-// lists that are not used are zero already: a slot begins as zeros.
+// Checks the lists of update i and writes them to its slot. A whole warp calls this. Unused words
+// of a slot's lists are kept zero: a new slot is all zeros, and old entries are cleared here.
 __device__ inline void apply_lists(const PlanStepParams& p, const Step& step, int i,
                                    const SlotUpdates& updates) {
   const int lane = threadIdx.x % kWarpSize;
@@ -225,7 +234,7 @@ __device__ inline void apply_lists(const PlanStepParams& p, const Step& step, in
   write_list(row + kSlotStopIds, words + u.stop_ids(), u.num_stop, num_old_stop);
 }
 
-// Writes the headers of all slots, then, of those that have any, the lists.
+// Writes the headers of all updated slots, and the lists of those that have any.
 __device__ inline void write_slots(const PlanStepParams& p, const Step& step, int count,
                                    SlotUpdates& updates) {
   const int own = threadIdx.x;
@@ -243,8 +252,9 @@ __device__ inline void write_slots(const PlanStepParams& p, const Step& step, in
   __syncthreads();
 }
 
-// The 32-bit word that holds a count, and where in it. Where the tensor's size is odd, the last
-// word reaches 2 bytes beyond it, inside its allocation; those are left as they are.
+// The aligned 32-bit word that contains a 16-bit count, and the count's shift within it, for
+// atomics. If the tensor has an odd size, its last word reaches 2 bytes beyond the tensor but not
+// beyond its allocation; those 2 bytes are not changed.
 struct CountWord {
   uint32_t* word;
   int shift;
@@ -265,13 +275,15 @@ __device__ inline void zero_counts(int16_t* counts, int64_t n) {
   for (int64_t i = num_head + num_vecs * 8 + threadIdx.x; i < n; i += kThreads) counts[i] = 0;
 }
 
-// Counts the output's tokens, saturating, and marks the prompt's; all threads.
+// Counts the tokens of the output, saturating, and marks those of the prompt. All threads call
+// this.
 __device__ inline void rebuild_counts(const PlanStepParams& p, const Step& step,
                                       const SlotUpdate& u) {
   int16_t* counts = p.token_counts + u.slot * p.token_counts_stride;
   zero_counts(counts, p.vocab_size);
   __syncthreads();
-  // At most kMaxTokenCount tokens at a time: no 16-bit count overflows before it is cut back.
+  // Counts at most kMaxTokenCount tokens before the counts are cut back, so that no count overflows
+  // its 15 bits by more than the sign bit.
   for (int64_t begin = 0; begin < u.num_output; begin += kMaxTokenCount) {
     const int32_t* tokens = step.words + u.output() + begin;
     const int64_t n = min(u.num_output - begin, int64_t{kMaxTokenCount});
