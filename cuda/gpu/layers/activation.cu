@@ -1,8 +1,10 @@
-// silu_mul and gelu_tanh_mul: out = activation(gate) * up, by core/gate.cuh.
+// silu_mul and gelu_tanh_mul: out [num_tokens, n] = activation(gate) * up from gate_up [num_tokens,
+// 2 n] = gate | up, in bfloat16 or float16, with the activations of core/gate.cuh.
 //
-// A grid of (tokens x column tiles), one vector a thread (one element where rows are not aligned),
-// small CTAs: one token of a large model still reaches dozens of SMs, and 2,048 threads of an SM
-// have 64 KB of loads in flight. Floor: bytes, 6 an element of out.
+// Work: the grid is tokens x column tiles, and each thread takes one vector of 8 elements (one
+// element where rows are not aligned to 16 bytes). CTAs are small, so that even one token of a
+// large model reaches dozens of SMs; the 2,048 threads of an SM have 64 KB of loads in flight.
+// Bound by bytes: 6 per element of out.
 // Numerics: float32, one rounding.
 #include "gpu/layers/activation.h"
 
@@ -20,7 +22,7 @@ __device__ __forceinline__ float activate(float gate, float up) {
   return kActivation == Activation::kSilu ? silu_mul(gate, up) : gelu_tanh_mul(gate, up);
 }
 
-// Width: elements a thread takes, kVec or 1. CTA = token * tiles + tile.
+// kWidth is the number of elements per thread: kVec or 1. The CTA's index is token * tiles + tile.
 template <class T, int kWidth, Activation kActivation>
 __global__ void __launch_bounds__(kThreads) gate_kernel(GateParams p, unsigned tiles) {
   const int64_t token = blockIdx.x / tiles, tile = blockIdx.x % tiles;

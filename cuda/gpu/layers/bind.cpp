@@ -1,5 +1,5 @@
-// The CUDA side of rms_norm, add_rms_norm, rope_write_kv, silu_mul and gelu_tanh_mul: arguments are
-// checked and handed to the kernels of norm.cu, rope.cu and activation.cu.
+// The CUDA side of rms_norm, add_rms_norm, rope_write_kv, silu_mul and gelu_tanh_mul: checks the
+// arguments and calls the launchers of norm.cu, rope.cu and activation.cu.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>

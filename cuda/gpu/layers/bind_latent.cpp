@@ -1,5 +1,5 @@
-// The CUDA side of rope_write_latent and batched_linear: arguments are checked and handed to the
-// kernels of latent.cu.
+// The CUDA side of rope_write_latent and batched_linear: checks the arguments and calls the
+// launchers of latent.cu.
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>

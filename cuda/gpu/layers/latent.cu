@@ -1,14 +1,20 @@
-// rope_write_latent: what is kept of a token, normed and rotated, and the rotated part of its
-// queries; and batched_linear for few rows, a matrix a head.
+// Two kernels of multi-head latent attention, in bfloat16 or float16: rope_write_latent norms and
+// rotates what the cache keeps of a token and rotates the rope part of its queries; batched_linear
+// multiplies few rows by one matrix per head.
 //
-// rope_write_latent has one CTA a token, an element or a pair of them a thread at a time: the bytes
-// are few, and its time is that of a launch. Neighbours that are rotated together come to stand
-// half of rope_dim apart, in q as in what is kept. Numerics: float32 from load to store, one
-// rounding. Floor: latency.
+// rope_write_latent: q [num_tokens, num_heads, rope_dim] is rotated into `rotated`; compressed
+// [num_tokens, latent_size + rope_dim] goes to the token's slot of latent_cache, the latent through
+// an RMSNorm and the rest rotated. One CTA per token; a thread takes one element or one rotated
+// pair at a time. The bytes are few, so the kernel is bound by the latency of a launch. Where the
+// model rotates neighbouring elements together (has_pairs), the two are stored half of rope_dim
+// apart, in `rotated` as well as in the cache, so that their products agree.
+// Numerics: float32 from load to store, one rounding.
 //
-// batched_linear streams each matrix once, 16 bytes a lane: a warp has one row of weight at a time
-// and multiplies it by all rows of x, which lie in shared memory. Sums are float32, each a lane's
-// elements and then a tree over the lanes. Floor: bytes of the matrices.
+// batched_linear: out [m, batch, n] = x [m, batch, k] times weight [batch, n, k], for m <=
+// kMaxBatchedRows. Each CTA takes kBatchedRows rows of one matrix; each warp takes one of these
+// rows at a time, reads it once, 16 bytes per lane, and multiplies it by all rows of x, which lie
+// in shared memory. Sums are float32: each lane adds its elements, then a tree adds the lanes.
+// Bound by the bytes of the matrices.
 #include <algorithm>
 
 #include "gpu/core/block.cuh"
@@ -23,7 +29,7 @@ namespace {
 
 constexpr int kRopeThreads = 128;
 
-// Pair i of a row of rope_dim elements.
+// Rotates pair i of a row of rope_dim elements.
 template <class T>
 __device__ void rope_pair(const T* in, const float* cos_sin, const RopeLatentParams& p, int i,
                           T* out) {
@@ -75,10 +81,10 @@ __global__ void __launch_bounds__(kRopeThreads) rope_latent_kernel(RopeLatentPar
 
 constexpr int kBatchedWarps = 8;
 constexpr int kBatchedThreads = kBatchedWarps * kWarpSize;
-constexpr int kBatchedRows = 64;  // of weight, for each CTA
+constexpr int kBatchedRows = 64;  // rows of the weight per CTA
 constexpr int kMaxBatchedK = 1024;
 
-// Grid: (batch, parts of n).
+// Grid: (batch, n / kBatchedRows rounded up).
 template <class T>
 __global__ void __launch_bounds__(kBatchedThreads) batched_linear_kernel(BatchedLinearParams p) {
   __shared__ uint4 x[kMaxBatchedRows][kMaxBatchedK / kVec];

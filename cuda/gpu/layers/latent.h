@@ -20,7 +20,7 @@ struct RopeLatentParams {
   const int32_t* positions;  // [num_tokens]
   const float* cos_sin;      // [max_position, rope_dim] = cosines | sines
   int64_t cos_sin_stride, max_position;
-  const int64_t* slot_mapping;  // [num_tokens], -1: not written
+  const int64_t* slot_mapping;  // -1: nothing is written to the cache
   void* latent_cache;           // [num_blocks, block_size, latent_size + rope_dim]
   int64_t block_stride, token_stride;
   int64_t num_kv_slots, block_size;
@@ -31,10 +31,11 @@ struct RopeLatentParams {
   Dtype dtype;  // 16 bits
 };
 
-// A position outside [0, max_position) or a slot outside [-1, num_kv_slots) traps.
+// Traps for a position outside [0, max_position) or a slot outside [-1, num_kv_slots).
 cudaError_t launch_rope_write_latent(const RopeLatentParams& params, cudaStream_t stream);
 
-// Rows that batched_linear takes; more are torch's, which has tiles for them.
+// The most rows that batched_linear takes. More rows are left to torch, whose products use tiles of
+// rows.
 constexpr int kMaxBatchedRows = 8;
 
 struct BatchedLinearParams {

@@ -1,13 +1,14 @@
-// rms_norm and add_rms_norm (Zhang and Sennrich 2019): out = x / sqrt(mean(x^2) + eps) * (weight +
-// offset), where with a residual x is first added to it, rounded; with x_weight not x but the norm of
-// x by it, rounded as well.
+// rms_norm and add_rms_norm (Zhang and Sennrich 2019), in bfloat16 or float16, for rows [num_rows,
+// hidden]: out = x / sqrt(mean(x^2) + eps) * (weight + offset). With a residual, x is first added
+// to it and rounded, and the norm is that of the sum. With x_weight as well, the norm of x by
+// x_weight, rounded, is added in place of x.
 //
-// One CTA a row, 16 elements a thread, held in registers between the sum and the scaling: a row is
-// read once. The norm weight is asked for first, while the kernel before may still run. A barrier a
-// norm. Rows that cannot be read 16 bytes at a time, or are longer than 16,384, take a plain
-// kernel that reads them twice.
-// Numerics: float32, one rounding at the store; the order of the sum depends on `hidden` alone.
-// Floor: bytes, 4 a row element (8 with the residual).
+// Work: one CTA per row and 16 elements per thread, which stay in registers between the sum and the
+// scaling, so a row is read once. The norm weight is loaded before the wait, while the kernel
+// before may still run. Each norm takes one barrier. Rows that cannot be read 16 bytes at a time,
+// or have more than 16,384 elements, go to a plain kernel, which reads them twice.
+// Numerics: float32, one rounding at the store. The order of the sum depends on `hidden` alone.
+// Bound by bytes: 4 per element of a row, 8 with the residual.
 #include "gpu/layers/norm.h"
 
 #include "gpu/core/block.cuh"
@@ -74,8 +75,8 @@ __global__ void __launch_bounds__(kMaxNormThreads) norm_kernel(NormParams p) {
   }
 }
 
-// Any alignment and any length. A thread reads again only elements that it wrote itself, so that no
-// barrier is needed.
+// The plain kernel, for any alignment and length. What a thread reads again it has written itself,
+// so no barrier is needed in between.
 template <class T, bool kAdd>
 __global__ void __launch_bounds__(kMaxNormThreads) norm_plain_kernel(NormParams p) {
   const int64_t row = blockIdx.x;

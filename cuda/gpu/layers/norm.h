@@ -9,19 +9,19 @@
 
 namespace pyserve::gpu {
 
-// Of the kernels that hold a row in registers: threads of a block, vectors of 16 bytes of a thread,
-// elements of a row.
+// For the kernels that hold a row in registers: threads per block, vectors of 16 bytes per thread,
+// and elements per row.
 constexpr int kMaxNormThreads = 1024;
 constexpr int kNormVecs = 2;
 constexpr int kMaxNormHidden = kNormVecs * 8 * kMaxNormThreads;
 
 struct NormParams {
-  const void* x;  // [num_rows, hidden]; strides of rows in elements
+  const void* x;  // row strides are in elements
   int64_t x_stride;
-  void* residual;  // [num_rows, hidden] or null: x itself is normed
+  void* residual;  // null: x itself is normed
   int64_t residual_stride;
   const void* weight;    // [hidden]
-  const void* x_weight;  // [hidden] or null: with a residual, of a norm of x before it is added
+  const void* x_weight;  // null: x is added as it is; else its norm by x_weight is added
   void* out;           // [num_rows, hidden], may be x
   int64_t out_stride;
   int64_t num_rows, hidden;

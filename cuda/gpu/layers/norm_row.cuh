@@ -1,7 +1,8 @@
-// A row of rms_norm and of add_rms_norm, held in registers by the threads of a block: thread i has
-// vectors i, i + threads, ...: kVecs of them. The last may lie outside of the row.
+// A row of rms_norm or add_rms_norm, held in registers by the threads of a block. Thread i holds
+// kVecs vectors: i, i + blockDim.x, and so on; the last ones may lie beyond the end of the row.
 //
-// What is held is packed, so that it takes half the registers over the barrier of the sum.
+// The vectors are held packed as 16-bit elements, which takes half the registers across the barrier
+// of the sum.
 #pragma once
 
 #include "gpu/core/vec.cuh"
@@ -13,7 +14,7 @@ __device__ __forceinline__ float norm_factor(float squares, int64_t hidden, floa
   return rsqrtf(squares / static_cast<float>(hidden) + eps);
 }
 
-// held += added, rounded: what is normed is the residual as it is kept.
+// held += added, rounded. The norm is then that of the residual as it is stored.
 template <class T>
 __device__ __forceinline__ void add_rounded(uint4& held, const uint4& added) {
   float values[kVec], more[kVec];
@@ -45,7 +46,8 @@ __device__ __forceinline__ uint4 normed(uint4& held, uint4& weight, float factor
   return pack<T>(values);
 }
 
-// Threads that share `num_items` between them, `each` at most; whole warps.
+// The number of threads, in whole warps, that share `num_items` items when each takes at most
+// `each`.
 inline unsigned norm_threads(int64_t num_items, int64_t each) {
   const int64_t threads = (num_items + each - 1) / each;
   const int64_t whole_warps = (threads + kWarpSize - 1) / kWarpSize * kWarpSize;

@@ -1,12 +1,16 @@
-// rope_write_kv: rotary embedding (Su et al. 2021, NeoX halves), RMSNorm of each head of q and k
-// before it where a weight is given, a scale of q behind it; and the write of k and v to the paged
-// KV cache.
+// rope_write_kv: rotary embedding of q and k (Su et al. 2021; the elements i and i + rotary_dim / 2
+// of a head are rotated together), and the write of k and v to the paged KV cache. qkv is
+// [num_tokens, (num_heads + 2 num_kv_heads) head_dim] in bfloat16 or float16; q is rotated in
+// place. Where norm weights are given, each head of q and k goes through an RMSNorm first; where
+// q_scales are given, q is multiplied by that of its position afterwards.
 //
-// One CTA a token. A few lanes share a head: each takes the 8 elements at i and the 8 at i + half,
-// which are rotated together (elements behind rotary_dim are copied, two vectors a lane as well).
-// The lane's place in a head is the same in all the heads it takes, so cosines, sines and norm
-// weights are read once. Heads that vectors do not fit take a plain kernel, one warp a head.
-// Numerics: float32 from load to store, one rounding. Floor: bytes, 4 an element of qkv.
+// Work: one CTA per token, kLanes lanes per head. Each lane takes the 8 elements at i and the 8 at
+// i + rotary_dim / 2, which are rotated together; a lane behind these takes two neighbouring
+// vectors behind rotary_dim, which are not rotated. A lane has the same place in every head that it
+// takes, so it reads its cosines and sines only once. Heads whose vectors are not whole or not
+// aligned go to a plain kernel with one warp per head.
+// Numerics: float32 from load to store, one rounding.
+// Bound by bytes: 4 per element of qkv.
 #include "gpu/layers/rope.h"
 
 #include <algorithm>
@@ -21,13 +25,13 @@ namespace {
 
 constexpr int kMaxThreads = 256;
 
-// The parts of a token that are the same for all its heads.
+// What all heads of one token have in common.
 template <class T>
 struct Token {
   const float* cos_sin;
   float q_scale;
   T* qkv;
-  T* key;  // of KV head 0; null where nothing is written
+  T* key;  // of KV head 0; null where nothing is written to the cache
   T* value;
 
   __device__ __forceinline__ Token(const RopeParams& p, int64_t index) {
@@ -45,7 +49,7 @@ struct Token {
     }
   }
 
-  // Where a head of q, k or v goes; null: nowhere.
+  // Where a head of q, k or v is stored; null where it is not.
   __device__ __forceinline__ T* target(const RopeParams& p, int head) const {
     if (head < p.num_heads) return qkv + int64_t{head} * p.head_dim;
     if (key == nullptr) return nullptr;
@@ -66,7 +70,8 @@ __device__ __forceinline__ void load_floats(const float* from, float (&to)[kVec]
   }
 }
 
-// The RMSNorm of one lane's 16 elements of a head whose squares sum up to `squares`.
+// Applies RMSNorm to one lane's 16 elements of a head; `squares` is the sum of squares over the
+// whole head.
 template <class T>
 __device__ __forceinline__ void norm_pair(const T* weight, float squares, const RopeParams& p,
                                           int first, int second, float (&a)[kVec],
@@ -81,13 +86,14 @@ __device__ __forceinline__ void norm_pair(const T* weight, float squares, const 
   for (int i = 0; i < kVec; ++i) b[i] = b[i] * factor * (scales[i] + p.norm_offset);
 }
 
-// kLanes lanes to a head, 16 elements a lane; those beyond the head's end have nothing to do. A
-// thread loads its part of kBatch heads before it turns the first.
+// kLanes lanes per head with 16 elements each; lanes beyond the end of the head are idle. A thread
+// loads its elements of kBatch heads before it rotates the first, to have more loads in flight.
 template <class T, int kLanes, int kBatch, bool kNorm>
 __global__ void __launch_bounds__(kMaxThreads) rope_kernel(RopeParams p) {
   const int place = threadIdx.x % kLanes, half = p.rotary_dim / 2;
   const bool is_active = 2 * kVec * place < p.head_dim, is_turned = kVec * place < half;
-  const int first = is_turned ? kVec * place : 2 * kVec * place;  // offsets of the two vectors
+  // First and second are the offsets of the lane's two vectors.
+  const int first = is_turned ? kVec * place : 2 * kVec * place;
   const int second = first + (is_turned ? half : kVec);
   const int num_turned = p.num_heads + p.num_kv_heads, num_all = num_turned + p.num_kv_heads;
   const int heads_at_once = blockDim.x / kLanes;
@@ -107,14 +113,14 @@ __global__ void __launch_bounds__(kMaxThreads) rope_kernel(RopeParams p) {
     }
   };
   int head = threadIdx.x / kLanes;
-  load_heads(head);  // on their way while the token's position is looked up
+  load_heads(head);  // these loads are on their way while the token's position is read
   const Token<T> token(p, blockIdx.x);
   float cosines[kVec] = {}, sines[kVec] = {};
   if (is_turned) {
     load_floats(token.cos_sin + kVec * place, cosines);
     load_floats(token.cos_sin + half + kVec * place, sines);
   }
-  // Every lane of a warp takes part in every round, because the norms exchange values by shuffles.
+  // All lanes of a warp take part in every iteration, because the norms sum up by shuffles.
   for (int base = 0; base < num_all; base += kBatch * heads_at_once) {
     if (base > 0) load_heads(head);
 #pragma unroll
@@ -160,7 +166,8 @@ __global__ void __launch_bounds__(kMaxThreads) rope_kernel(RopeParams p) {
   }
 }
 
-// Any head_dim, rotary_dim and alignment: one warp a head, one element at a time.
+// Any head_dim, rotary_dim and alignment: one warp per head, and a lane takes one element or one
+// pair at a time.
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads) rope_plain_kernel(RopeParams p) {
   pdl_wait();
@@ -191,7 +198,7 @@ __global__ void __launch_bounds__(kMaxThreads) rope_plain_kernel(RopeParams p) {
       const float value = to_float(source[i]) * factor;
       return weight != nullptr ? value * (to_float(weight[i]) + p.norm_offset) : value;
     };
-    // In place: a lane reads both elements of its pair before it writes them.
+    // This may be in place, so a lane reads both elements of its pair before it writes them.
     for (int i = lane; i < half; i += kWarpSize) {
       const float2 turned =
           rotate(normed(i), normed(half + i), token.cos_sin[i], token.cos_sin[half + i]);

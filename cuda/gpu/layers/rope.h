@@ -15,11 +15,11 @@ struct RopeParams {
   const int32_t* positions;  // [num_tokens]
   const float* cos_sin;      // [max_position, rotary_dim] = cosines | sines
   int64_t cos_sin_stride, max_position;
-  const int64_t* slot_mapping;  // [num_tokens], -1: not written
+  const int64_t* slot_mapping;  // -1: nothing is written to the cache
   const void* q_norm_weight;    // [head_dim] or null
   const void* k_norm_weight;
-  float eps, norm_offset;  // the latter is added to the weights
-  const float* q_scales;   // [max_position], of all of a turned q; null: not scaled
+  float eps, norm_offset;  // norm_offset is added to the norm weights
+  const float* q_scales;   // factors of the rotated q by position; null: none
   void* key_cache;  // [num_blocks, block_size, num_kv_heads, head_dim]
   int64_t key_block_stride, key_token_stride, key_head_stride;
   void* value_cache;
@@ -31,7 +31,7 @@ struct RopeParams {
   Dtype dtype;  // 16 bits
 };
 
-// A position outside [0, max_position) or a slot outside [-1, num_kv_slots) traps.
+// Traps for a position outside [0, max_position) or a slot outside [-1, num_kv_slots).
 cudaError_t launch_rope_write_kv(const RopeParams& params, cudaStream_t stream);
 
 }  // namespace pyserve::gpu
