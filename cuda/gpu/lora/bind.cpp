@@ -1,5 +1,6 @@
-// The CUDA side of lora_shrink, lora_expand and lora_expand_silu_mul: arguments are checked and
-// handed to the kernels of shrink.cu and expand.cu, of many tokens shrink_many.cu and expand_many.cu.
+// The CUDA side of lora_shrink, lora_expand and lora_expand_silu_mul: checks the arguments and
+// calls the launchers of shrink.cu and expand.cu, which hand many tokens to shrink_many.cu and
+// expand_many.cu.
 #include <torch/csrc/stable/library.h>
 
 #include "common/args/activation.h"
@@ -54,7 +55,8 @@ void lora_shrink(const Tensor& x, const Tensor& a, const Tensor& starts, const T
   check_launch(kOp, gpu::launch_lora_shrink(params, current_stream(x)));
 }
 
-// All but gate_up, and with the columns of out where that is not what is added to.
+// Everything except gate_up. `out` is the tensor that is written, which for lora_expand_silu_mul is
+// not the one that is added to.
 gpu::LoraExpandParams expand_params(const LoraExpandArgs& args, const View& out) {
   return {.rows = lora_rows(args.starts, args.ranks, args.max_rank(), args.num_tokens()),
           .shrunk = lora_shrunk(args.shrunk),

@@ -1,11 +1,13 @@
-// lora_expand and lora_expand_silu_mul (expand.cuh) of up to kManyTokens tokens, for which few loads
-// that need each other are what counts: what is added to is asked for 16 tokens ahead, into registers.
+// lora_expand and lora_expand_silu_mul (expand.cuh) for up to kManyTokens tokens. With so few, time
+// is lost in chains of loads that wait for each other, so the addends are loaded one group of 16
+// tokens ahead, into registers.
 #include "gpu/lora/expand.cuh"
 
 namespace pyserve::gpu {
 namespace {
 
-// Four neighbours of what was shrunk, each as a 16-bit number, x and y, and what that leaves.
+// Splits four neighbouring elements of `shrunk` into two 16-bit numbers each: x and y of the result
+// have the rounded values, z and w what rounding left over.
 template <class T>
 __device__ __forceinline__ uint4 halves_of(const float4& x) {
   const uint2 value{pack_pair<T>(x.x, x.y), pack_pair<T>(x.z, x.w)};
@@ -14,8 +16,8 @@ __device__ __forceinline__ uint4 halves_of(const float4& x) {
           pack_pair<T>(x.z - high.x, x.w - high.y)};
 }
 
-// Elements r .. r + 3 of what was shrunk of a token and a part, added up over splits; zeros from
-// the rank on.
+// Elements r .. r + 3 of a row of `shrunk` (one token, one part), summed over the splits; zeros
+// from the rank on.
 template <bool kIsAligned>
 __device__ __forceinline__ float4 load_shrunk(const LoraShrunk& shrunk, int num_splits,
                                               const float* row, int r, int rank) {
@@ -43,21 +45,23 @@ __device__ __forceinline__ float4 load_shrunk(const LoraShrunk& shrunk, int num_
   return {x[0], x[1], x[2], x[3]};
 }
 
-// Of a piece of 16 tokens, in shared memory.
+// Shared memory for one piece (16 of r) of 16 tokens.
 template <bool kIsGated>
 constexpr int kPieceBytes = (kIsGated ? 2 : 1) * kMmaTokens * 4 * static_cast<int>(sizeof(uint4));
 
-// What is in shared memory of what was shrunk: a vector of four each, of some tokens and of both
-// strips' parts, or of one where it is the same.
+// Where the split elements of `shrunk` lie in shared memory: one uint4 for each four of r, for some
+// tokens, and for the parts of both strips (only one where these have the same part).
 struct Staging : Room {
   using Room::Room;
 
-  // Lane `place`'s four of a token, both counted from the first.
+  // The place of the four elements with index `place` within a piece; `token` counts from the first
+  // staged token.
   __device__ __forceinline__ int index(int part, int piece, int token, int place) const {
     return ((part * num_pieces + piece) * num_tokens + token) * 4 + place;
   }
 
-  // All threads of a CTA, each kAtOnce fours at a time. row: of the first token.
+  // Fills the shared memory. All threads of the CTA call this, and each loads kAtOnce groups of
+  // four elements at a time. `row` is that of the first token.
   template <bool kIsAligned, int kAtOnce, class T>
   __device__ __forceinline__ void fill(uint4* staged, const LoraShrunk& shrunk, int num_splits,
                                        const float* row, int count, const Strip (&strips)[2],
@@ -92,7 +96,7 @@ struct Staging : Room {
     }
   }
 
-  // The same, whatever of it may be on its way at once.
+  // The same, with as many loads in flight as the layout allows.
   template <bool kIsAligned, class T>
   __device__ __forceinline__ void fill(uint4* staged, const LoraShrunk& shrunk, const float* row,
                                        int count, const Strip (&strips)[2], int num_parts) const {
@@ -104,16 +108,18 @@ struct Staging : Room {
   }
 };
 
-// Of token group, and of group + 8, the 8 neighbouring columns of a lane in each strip.
+// The addends of a lane: the 8 neighbouring columns in each strip, of the token with the lane's
+// index `group` and of token group + 8.
 struct Old {
   uint4 of[2][2];
 };
 
-// Of a strip and an mma: of token group the first two, of group + 8 the others.
+// The accumulators by strip and by mma: in each the first two are of token `group`, the other two
+// of token group + 8.
 struct Sums {
   float of[2][kTiles][4];
 
-  // Begin with what is added to.
+  // Begins the sums with the addends.
   template <class T>
   __device__ __forceinline__ void take(const Old& old) {
 #pragma unroll
@@ -129,8 +135,9 @@ struct Sums {
   }
 };
 
-// Tokens of a warp's strips, read and written by 16 bytes where `is_whole`: a lane's 8 columns are
-// there and aligned. Where not, one by one, when they are written.
+// The tokens of a CTA by the columns of a warp's two strips. Where `is_whole`, a lane's 8 columns
+// exist and are aligned, and are read and written as 16 bytes. Otherwise the addends are read one
+// by one when the result is written.
 template <class T, bool kIsGated>
 struct Tile {
   const LoraExpandParams& p;
@@ -155,7 +162,7 @@ struct Tile {
                     : static_cast<const T*>(p.out) + (begin + token) * p.out_stride;
   }
 
-  // What the 16 tokens from `first` on add to.
+  // Loads the addends of the 16 tokens from `first` on.
   __device__ __forceinline__ void load(int first, Old& old) const {
     if (!is_whole) return;
 #pragma unroll
@@ -212,8 +219,8 @@ struct Tile {
   }
 };
 
-// sums += 16 tokens of what was shrunk times a piece of B. low, high: lane's fours of token group
-// and of group + 8.
+// sums += 16 tokens of `shrunk` times a piece of B. low and high are the lane's four elements of
+// token `group` and of token group + 8.
 template <class T>
 __device__ __forceinline__ void add_product(float (&sums)[kTiles][4], const uint4& low,
                                             const uint4& high, const uint2 (&weights)[kTiles]) {
@@ -226,7 +233,7 @@ __device__ __forceinline__ void add_product(float (&sums)[kTiles][4], const uint
   }
 }
 
-// kIsAligned: four elements of b's rows, and of what was shrunk, may be read at once.
+// kIsAligned: four neighbouring elements of a row of b and of shrunk may be read at once.
 template <class T, bool kIsGated, bool kIsAligned>
 __global__ void __launch_bounds__(kThreads, kIsAligned ? 4 : 3)
     expand_kernel(LoraExpandParams p, int column_blocks, int log2_tile_tokens,

@@ -1,24 +1,26 @@
 // What the kernels of lora_expand have in common.
 //
-// lora_expand: out[t, j] += sum over r of shrunk[t, p, r] * b[s, j, r], s being the slot of t's
-// adapter, p the part that column j belongs to, and r below its rank.
-//   shrunk float32 [num_splits, num_tokens, num_parts, max_rank], the sum over splits; b
-//   [num_slots, n, max_rank], out [num_tokens, n]
-// lora_expand_silu_mul: out = silu(gate) * up of what that makes of gate_up [num_tokens, 2 n] =
-// gate | up, whose parts are both, or are one; of all tokens.
+// lora_expand: out[t, j] += sum over r of shrunk[t, p, r] * b[s, j, r], where s is the slot of
+// token t's adapter, p the part (one of several fused matrices, such as q, k and v) that column j
+// belongs to, and r runs up to the part's rank.
+//   shrunk float32 [num_splits, num_tokens, num_parts, max_rank], to be summed over the splits
+//   b [num_slots, n, max_rank] and out [num_tokens, n], bfloat16 or float16
+// lora_expand_silu_mul: the same is added to gate_up [num_tokens, 2 n] = gate | up, which are two
+// parts or one, and out = silu(gate) * up. It computes all tokens, also those without an adapter.
 //
-// A CTA takes tokens of one slot by 256 columns, a warp two strips of 32: neighbours of one part,
-// or a strip of gate and the one of up. A part's columns are divided from its own first one on, so
-// no tile has two parts. CTAs beyond what there is end at once: the grid depends on shapes alone.
-// The order of r within a piece of 16 is what suits the loads: a lane takes 4 neighbours. So is the
-// order of columns in a strip: of its four products a lane has 8 neighbours.
-// What was shrunk is float32: it is multiplied as the sum of two 16-bit numbers, which keeps 16 of
-// its bits or more. A CTA adds its splits up and divides it once for all of its warps, into shared
-// memory; a warp reads B's first 16 of r once for all of its tokens. So what is left to do for 16
-// tokens more is to read what is added to, multiply and write.
-// Numerics: float32 sums, one rounding of what is added to out, or of what it becomes. The order
-// depends on the rank and the number of splits alone.
-// Floor: bytes, 2 * rank of each column of B, and 4 of each element of out (6 of
+// Work: a CTA takes some tokens of one slot by 256 columns. Each of its 4 warps takes two strips of
+// 32 columns: two neighbouring ones of one part, or one of gate and the matching one of up. Tiles
+// of columns begin at a part's first column, so no tile has two parts. The grid depends on shapes
+// alone; CTAs beyond the last tile end at once. An mma may take its 16 of r in any order that both
+// operands share; here each lane takes 4 neighbours, which are one load. In the same way the
+// columns of a strip are dealt to its four mma so that a lane gets 8 neighbouring columns of the
+// result. `shrunk` is float32. It is multiplied as the sum of two 16-bit numbers, which keeps at
+// least 16 bits of its mantissa. A CTA sums the splits and divides the elements in two only once,
+// into shared memory, for all of its warps; a warp reads the first 16 of r of B once for all of its
+// tokens. For 16 more tokens there remain reading the addends, multiplying and writing.
+// Numerics: float32 sums that begin with the addend, and one rounding. Their order depends on the
+// rank and the number of splits alone.
+// Bound by bytes: 2 * rank for each column of B, and 4 for each element of out (6 for
 // lora_expand_silu_mul).
 #pragma once
 
@@ -33,20 +35,21 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kStrip = 32;                     // columns
-constexpr int kTiles = kStrip / 8;             // mma of them
-constexpr int kColumns = kWarps * 2 * kStrip;  // a CTA
-constexpr int kPiece = 16;                     // of r
+constexpr int kStrip = 32;                     // columns of a strip
+constexpr int kTiles = kStrip / 8;             // mma per strip
+constexpr int kColumns = kWarps * 2 * kStrip;  // columns of a CTA
+constexpr int kPiece = 16;                     // a piece: so many of r, the depth of one mma
 constexpr int kMaxRank = 512;
-// Shared memory of what was shrunk: as a rule at most, and of the highest rank.
+// Shared memory for `shrunk`: the usual limit, and what the highest rank needs.
 constexpr int kStagedBytes = 16 * 1024, kMaxStagedBytes = 64 * 1024;
 
-// Columns of one part, as b and what is added to have them; `rank` 0: nothing is added.
+// Some columns of one part, numbered as the rows of b and the columns of the addend. With rank 0
+// nothing is added.
 struct Strip {
   int part, first, end, rank;
 };
 
-// The first column of the block-th tile of kColumns; part -1 where there are fewer.
+// The block-th tile of kColumns columns; its part is -1 beyond the last tile.
 __device__ __forceinline__ Strip column_tile(const LoraExpandParams& p, int block) {
   for (int part = 0; part < p.rows.num_parts; ++part) {
     const int begin = p.columns[part], end = p.columns[part + 1];
@@ -58,7 +61,7 @@ __device__ __forceinline__ Strip column_tile(const LoraExpandParams& p, int bloc
   return {-1, 0, 0, 0};
 }
 
-// A warp's two strips; of no rank where the CTA has nothing to add.
+// The two strips of a warp; their rank is 0 where the CTA has nothing to add.
 template <bool kIsGated>
 __device__ __forceinline__ void strips_of(const LoraExpandParams& p, int slot, int block, int warp,
                                           Strip (&strips)[2]) {
@@ -78,14 +81,14 @@ __device__ __forceinline__ void strips_of(const LoraExpandParams& p, int slot, i
   }
 }
 
-// Which of elements r .. r + 3 are below the rank, as masks of two each.
+// Masks for two 16-bit pairs that keep those of the elements r .. r + 3 that are below the rank.
 __device__ __forceinline__ uint2 masks_below(int r, int rank) {
   const int left = rank - r;
   return {left <= 0 ? 0u : left == 1 ? 0xffffu : ~0u, left <= 2 ? 0u : left == 3 ? 0xffffu : ~0u};
 }
 
-// Elements r .. r + 3 of a row as far as the rank goes, which `masks` say too; zeros beyond.
-// kIsAligned: all four may be read.
+// Elements r .. r + 3 of a row, with zeros from the rank on; `masks` is masks_below(r, rank). With
+// kIsAligned all four may be read.
 template <bool kIsAligned, class T>
 __device__ __forceinline__ uint2 load_four(const T* row, int r, int rank, const uint2& masks) {
   if constexpr (kIsAligned) {
@@ -101,12 +104,12 @@ __device__ __forceinline__ uint2 load_four(const T* row, int r, int rank, const 
   }
 }
 
-// A piece of B, of the columns of a warp's strips: lane's of the four products.
+// A piece of B for the columns of a warp's strips: the lane's fragments of the four mma of each.
 template <bool kIsAligned, class T>
 struct Weights {
   uint2 of[2][kTiles];
 
-  // r: the first of lane's four. b: of the slot.
+  // `r` is the first of the lane's four; `b` is the matrix of the slot.
   __device__ __forceinline__ void load(const T* b, int b_stride, const Strip (&strips)[2], int r) {
     const int group = threadIdx.x % kWarpSize / 4;
 #pragma unroll
@@ -124,7 +127,8 @@ struct Weights {
   }
 };
 
-// What a CTA adds, and B's first piece of r for its warps' strips. Asked for before pdl_wait().
+// What a CTA computes, and the first piece of B for its warps' strips. All of it is loaded before
+// pdl_wait().
 template <class T, bool kIsGated, bool kIsAligned>
 struct Work {
   TokenTile tokens;
@@ -136,7 +140,8 @@ struct Work {
   __device__ __forceinline__ Work(const LoraExpandParams& p, int column_blocks,
                                   int log2_tile_tokens) {
     const int lane = threadIdx.x % kWarpSize;
-    const int bound = p.columns[min(lane, p.rows.num_parts)];  // all are in L1 when one is wanted
+    // Brings all bounds into L1 before one is needed.
+    const int bound = p.columns[min(lane, p.rows.num_parts)];
     tokens = token_tile<kIsGated>(p.rows, static_cast<int>(blockIdx.x) / column_blocks,
                                   log2_tile_tokens);
     if (bound < 0 || bound > (kIsGated ? 2 : 1) * p.n) __trap();
@@ -152,27 +157,29 @@ struct Work {
     return tokens.count == 0 || (!kIsGated && rank == 0);
   }
 
-  // Before the products of a piece of the 16 tokens from `first` on: B's, unless it is there still.
+  // Called before the products of a piece for the 16 tokens from `first` on: loads that piece of B,
+  // unless it is still in the registers.
   __device__ __forceinline__ void take_piece(int piece, int num_pieces, int first) {
     if (piece > 0 || (first > 0 && num_pieces > 1)) {
       int stride = b_stride;
-      forget_origin(stride);  // or 16 addresses are held in registers for these loads alone
+      forget_origin(stride);  // else 16 addresses would be held in registers just for these loads
       weights.load(b, stride, strips, kPiece * piece + 4 * (threadIdx.x % 4));
     }
   }
 };
 
-// How much of what was shrunk there is room for in num_bytes of shared memory.
+// How much of `shrunk` fits into num_bytes of shared memory.
 struct Room {
-  int num_pieces, num_tokens;  // of r; at a time
+  int num_pieces, num_tokens;  // pieces of the rank; tokens that fit at a time
 
   __device__ __forceinline__ Room(int rank, int piece_bytes, int num_bytes)
       : num_pieces((rank + kPiece - 1) / kPiece),
         num_tokens(num_bytes / (piece_bytes * max(num_pieces, 1)) * kMmaTokens) {}
 };
 
-// Of a CTA's tokens, 16 to 128: few where CTAs are few, of which an H200 runs 528 at a time; gate
-// and up have four to seven times the columns of others.
+// How many tokens a CTA takes, 16 to 128. With few tokens it takes few, so that there are enough
+// CTAs; an H200 runs 528 of them at a time. Gate and up have four to seven times as many columns as
+// other matrices, so their CTAs take more tokens sooner.
 template <bool kIsGated>
 int log2_tile_tokens_of(int64_t num_tokens) {
   constexpr int64_t kFew = kIsGated ? 64 : 256;
@@ -182,7 +189,7 @@ int log2_tile_tokens_of(int64_t num_tokens) {
   return log2;
 }
 
-// The grid of tiles of so many tokens: tiles of columns, tiles of tokens behind each other.
+// The grid: all tiles of columns of the first tile of tokens, then of the next, and so on.
 struct Grid {
   int column_blocks;
   int64_t num_tiles;
@@ -195,7 +202,7 @@ struct Grid {
   unsigned num_ctas() const { return static_cast<unsigned>(num_tiles * column_blocks); }
 };
 
-// Whether four elements of b's rows, and of what was shrunk, may be read at once.
+// Whether four neighbouring elements of a row of b and of shrunk may be read at once.
 inline bool has_aligned_fours(const LoraExpandParams& p) {
   const int64_t strides = p.b_stride | p.b_slot_stride | p.shrunk.split_stride | p.shrunk.stride |
                           p.shrunk.part_stride | p.rows.max_rank;
@@ -203,12 +210,12 @@ inline bool has_aligned_fours(const LoraExpandParams& p) {
          reinterpret_cast<uintptr_t>(p.shrunk.data) % 16 == 0 && strides % 4 == 0;
 }
 
-// Whether rows of what is added to may be read and written by 16 bytes.
+// Whether the rows of the addends and of out may be read and written 16 bytes at a time.
 inline bool has_aligned_rows(const LoraExpandParams& p) {
   return is_vec_aligned(p.out, p.out_stride) && is_vec_aligned(p.gate_up, p.gate_up_stride);
 }
 
-// Calls launch.operator()<T, kIsGated, kIsAligned>(), kIsAligned being has_aligned_fours.
+// Calls launch.operator()<T, kIsGated, kIsAligned>() with kIsAligned = has_aligned_fours(p).
 template <class Launch>
 cudaError_t dispatch_expand(const LoraExpandParams& p, const Launch& launch) {
   return dispatch_half(p.dtype, [&]<class T>(T) {

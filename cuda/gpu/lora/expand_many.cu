@@ -1,25 +1,28 @@
-// lora_expand and lora_expand_silu_mul (expand.cuh) of many tokens, for which bytes on their way
-// are what counts: what is added to is asked for 48 tokens ahead, by cp.async into shared memory,
-// where each thread has places of its own, 24 KB of a CTA from its start on. What was shrunk lies in
-// shared memory as an mma's registers have it: staging.cuh.
+// lora_expand and lora_expand_silu_mul (expand.cuh) for more than kManyTokens tokens. With so many,
+// the number of bytes in flight decides, so the addends are loaded 48 tokens ahead by cp.async into
+// shared memory: 24 KB per CTA, loaded from the start of the kernel on. Each thread reads back only
+// what it has copied itself. `shrunk` lies in shared memory in the order of an mma's registers: see
+// staging.cuh.
 #include "gpu/lora/expand.cuh"
 #include "gpu/lora/staging.cuh"
 
 namespace pyserve::gpu {
 namespace {
 
-// What is added to: 16 tokens of a CTA's columns, and how many of those there is room for.
+// Bytes of the addends of 16 tokens by a CTA's columns, and how many such groups of tokens are in
+// flight.
 constexpr int kOldBytes = kMmaTokens * kColumns * 2, kAhead = 3;
 
-// Of a piece of 16 tokens, of the parts that a CTA has.
+// Shared memory for one piece of 16 tokens, of the one or two parts that a CTA has.
 template <bool kIsGated>
 constexpr int kPieceBytes = (kIsGated ? 2 : 1) * kHalvesBytes;
 
-// Of a strip and an mma: of token group the first two, of group + 8 the others.
+// The accumulators by strip and by mma: in each the first two are of token `group`, the other two
+// of token group + 8.
 struct Sums {
   float of[2][kTiles][4];
 
-  // Begin with what is added to, of token group or of group + 8.
+  // Begins the sums of token `group` (half 0) or group + 8 (half 1) with the addends.
   template <class T>
   __device__ __forceinline__ void take(int s, int half, const uint4& old) {
     float x[kVec];
@@ -29,18 +32,19 @@ struct Sums {
   }
 };
 
-// Tokens of a warp's strips, 16 by 16, read and written by 16 bytes where `is_whole`: a lane's 8
-// columns are there and aligned. Where not, one by one, when they are written.
+// The tokens of a CTA, 16 at a time, by the columns of a warp's two strips. Where `is_whole`, a
+// lane's 8 columns exist and are aligned, and are read and written as 16 bytes. Otherwise the
+// addends are read one by one when the result is written.
 template <class T, bool kIsGated>
 struct Tile {
   const LoraExpandParams& p;
   int begin, count;  // tokens
-  int column, apart;  // lane's first of a strip, and from there to the other's
-  int room[2];        // and to the ends of both strips' parts
+  int column, apart;  // the lane's first column in strip 0, and its distance to the one in strip 1
+  int room[2];        // columns left to the end of each strip's part
   bool is_whole;
-  uint32_t places;  // of what is added to: the thread's first one
-  const T* asked;   // of lane's token among the next 16 that are asked for
-  T* out;           // and that are written
+  uint32_t places;  // address of the thread's first place for addends
+  const T* asked;   // the row of the lane's token among the next 16 to load
+  T* out;           // the row of the lane's token among the next 16 to store
 
   __device__ __forceinline__ Tile(const LoraExpandParams& params, const TokenTile& tokens,
                                   const Strip (&strips)[2], bool is_aligned, uint32_t smem)
@@ -66,12 +70,14 @@ struct Tile {
            column;
   }
 
-  // Of a strip, and of token group or group + 8, in the turn-th of kAhead places.
+  // The thread's place for the addends of strip s and of token group or group + 8, in buffer `turn`
+  // of the kAhead ones.
   __device__ __forceinline__ uint32_t place_of(int turn, int s, int half) const {
     return places + turn * kOldBytes + (2 * s + half) * kThreads * 16;
   }
 
-  // Ask for what the 16 tokens from `first` on add to: a group of copies, empty behind the last.
+  // Starts to copy the addends of the 16 tokens from `first` on. It always commits a group of
+  // copies, behind the last token an empty one, so that take() can count groups.
   __device__ __forceinline__ void load(int first, int turn) {
     if (is_whole && first < count) {
       const int token = first + threadIdx.x % kWarpSize / 4;
@@ -88,7 +94,7 @@ struct Tile {
     cp_async_commit();
   }
 
-  // What the oldest of kAhead groups was asked for.
+  // Waits for the oldest of the kAhead groups and begins the sums with it.
   __device__ __forceinline__ void take(int turn, Sums& sums) const {
     cp_async_wait<kAhead - 1>();
 #pragma unroll
@@ -101,7 +107,7 @@ struct Tile {
     }
   }
 
-  // The 16 tokens from `first` on, the next ones.
+  // Stores the 16 tokens from `first` on. Calls come in the order of the tokens.
   __device__ __forceinline__ void store(int first, const Sums& sums) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -146,7 +152,7 @@ struct Tile {
   }
 };
 
-// sums += 16 tokens of what was shrunk times a piece of B.
+// sums += 16 tokens of `shrunk` times a piece of B.
 template <class T>
 __device__ __forceinline__ void add_product(float (&sums)[kTiles][4], const uint4& value,
                                             const uint4& rest, const uint2 (&weights)[kTiles]) {
@@ -159,21 +165,22 @@ __device__ __forceinline__ void add_product(float (&sums)[kTiles][4], const uint
   }
 }
 
-// CTAs an SM; of four, ptxas spills for sm_120, which has shared memory for two.
+// CTAs per SM. With four, ptxas spills registers for sm_120, whose shared memory has room for two
+// CTAs anyway.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 constexpr int kResident = 3;
 #else
 constexpr int kResident = 4;
 #endif
 
-// kIsAligned: four elements of b's rows, and of what was shrunk, may be read at once.
+// kIsAligned: four neighbouring elements of a row of b and of shrunk may be read at once.
 template <class T, bool kIsGated, bool kIsAligned>
 __global__ void __launch_bounds__(kThreads, kResident)
     expand_many_kernel(LoraExpandParams p, int column_blocks, int log2_tile_tokens,
                        int staged_bytes, bool is_aligned) {
   constexpr int kParts = kIsGated ? 2 : 1;
   extern __shared__ __align__(128) unsigned char dynamic_smem[];
-  auto* staged = reinterpret_cast<uint4*>(dynamic_smem);  // behind it, what is added to
+  auto* staged = reinterpret_cast<uint4*>(dynamic_smem);  // the addends lie behind it
   const int lane = threadIdx.x % kWarpSize;
   pdl_launch_dependents();
   Work<T, kIsGated, kIsAligned> work(p, column_blocks, log2_tile_tokens);
@@ -214,7 +221,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
         add_product<T>(sums.of[s], halves[0], halves[kWarpSize], work.weights.of[s]);
       }
     }
-    tile.load(first + kAhead * kMmaTokens, turn);  // what lay there is in the sums
+    // Into the buffer whose addends are now in the sums.
+    tile.load(first + kAhead * kMmaTokens, turn);
     turn = turn + 1 == kAhead ? 0 : turn + 1;
     tile.store(first, sums);
     token += kMmaTokens;

@@ -1,12 +1,12 @@
-// What the kernels of adapters have in common: tiles of one slot's tokens, and traps for what the
-// CPU's ops refuse.
+// What the LoRA kernels have in common: finding a tile of tokens that use one slot, with traps
+// where the CPU ops would refuse their arguments.
 //
-// What they read before pdl_wait(), by rule 2 of pdl.cuh: columns, ranks, scales, A and B, written
-// by calls of torch when an adapter is put into a slot, between two steps; and starts, which a copy
-// writes before a step's first kernel. Neither is of the chain: the step's first kernel starts when
-// they are complete, and each other after the one in front of it has. So a kernel finds its tile,
-// and asks for its slot's weights, while the one in front still runs; x, its squares and what was
-// shrunk come after the wait.
+// Before pdl_wait() these kernels read columns, ranks, scales, A and B, which torch writes between
+// two steps when an adapter is put into a slot, and starts, which a copy writes before a step's
+// first kernel. By rule 2 of pdl.cuh this is allowed, since no kernel of the chain writes any of
+// them: the step's first kernel starts only when they are complete, and every later kernel starts
+// after it. So a kernel can find its tile and load its slot's weights while the kernel before still
+// runs. x, x_squares and shrunk are read after the wait.
 #pragma once
 
 #include "gpu/core/launch.cuh"
@@ -17,16 +17,16 @@ namespace pyserve::gpu {
 
 constexpr int kMmaTokens = 16;  // rows of an mma
 constexpr int kNoSlot = -1;
-constexpr int kManyTokens = 512;  // beyond, tokens are shrink_many.cu's and expand_many.cu's
+constexpr int kManyTokens = 512;  // with more tokens shrink_many.cu and expand_many.cu take over
 
-// Tiles of `size` tokens that all segments together may have, num_segments of them: as many CTAs
-// take them, whatever the segments are.
+// An upper bound on the number of tiles of `size` tokens, whatever the lengths of the num_segments
+// segments. The grid has that many tiles.
 inline int64_t num_token_tiles(int64_t num_tokens, int size, int num_segments) {
   const int64_t most = num_tokens / size + num_segments;
   return most < num_tokens ? most : num_tokens;
 }
 
-// Tokens [begin, begin + count) of a slot; none where there are fewer tiles.
+// Tokens [begin, begin + count) of one slot; count is 0 beyond the last tile.
 struct TokenTile {
   int slot, begin, count;
 };
@@ -35,7 +35,8 @@ __device__ __forceinline__ bool is_rank(const LoraRows& rows, int rank) {
   return rank >= 0 && rank <= rows.max_rank;
 }
 
-// The tile is the one behind `left` others of this segment or of those in front of it.
+// Looks for the tile in the segment [first, end). `left` is the number of tiles that lie before it
+// from here on; it is reduced by the segment's tiles.
 __device__ __forceinline__ void look_in(TokenTile& tile, int& left, int slot, int first, int end,
                                         int log2_size) {
   const int size = 1 << log2_size, num_tiles = (end - first + size - 1) >> log2_size;
@@ -46,11 +47,12 @@ __device__ __forceinline__ void look_in(TokenTile& tile, int& left, int slot, in
   left -= num_tiles;
 }
 
-// The index-th of all tiles of 2^log2_size tokens, slot by slot, from the last on: of many tokens,
-// those that the kernel in front has written last are in L2 still. kHasOthers: also of tokens that
-// no slot has, kNoSlot.
-// All of the starts are looked at, so that none is waited for before the next is asked for; and by
-// the lanes of a warp the ranks, so that those of the slot are in L1 when it is known.
+// The index-th of all tiles of 2^log2_size tokens. They are counted from the last slot to the first
+// and from the last token to the first, because of many tokens those that the kernel before has
+// written last are still in L2. With kHasOthers, tokens without an adapter are included as slot
+// kNoSlot. All starts are read even after the tile is found, so that no load waits for the one
+// before. The lanes of a warp read the ranks at the same time, so that those of the tile's slot are
+// in L1 once the slot is known.
 template <bool kHasOthers>
 __device__ __forceinline__ TokenTile token_tile(const LoraRows& rows, int index, int log2_size) {
   const int num_tokens = static_cast<int>(rows.num_tokens);

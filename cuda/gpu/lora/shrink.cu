@@ -1,22 +1,25 @@
-// lora_shrink: the sum over splits of out[split, t, p, r] = scales[s, p] * sum over i of x[t, i] *
-// a[s, p, r, i], s being the slot of t's adapter and r below the part's rank.
-//   x [num_tokens, k], a [num_slots, num_parts, max_rank, k], out float32 [num_splits, num_tokens,
-//   num_parts, max_rank]
-// Where x is what a norm is a factor of (common/epilogue.h), so is it here.
+// lora_shrink: out[split, t, p, r], summed over the splits, = scales[s, p] * sum over i of x[t, i]
+// * a[s, p, r, i], where s is the slot of token t's adapter and r runs up to the rank of part p.
+//   x [num_tokens, k] and a [num_slots, num_parts, max_rank, k], bfloat16 or float16
+//   out float32 [num_splits, num_tokens, num_parts, max_rank]
+// If x_squares is given, x lacks the factor of an RMSNorm (common/epilogue.h), which is applied
+// here.
 //
-// Many tokens are shrink_many.cu's. A CTA takes some tokens of one slot by some rows of A, those of
-// all parts one after the other, by one split of k; CTAs beyond what there is end at once, so the
-// grid depends on shapes alone. Its 8 warps share k: warp w takes every 8th piece of 32 columns. A
-// product is mma m16n8k16, whose columns of k may stand in any order that both sides agree on: so
-// each lane loads 16 bytes of a row and feeds two steps with them. Up to 64 tokens take 16 by 8
-// rows a CTA, or by 16 or 32 where there are more rows: what counts then is that many SMs ask for
-// A, but no more CTAs than run at a time, and that a warp asks for all of its part at once; so k is
-// split too. More take 32 by 16, as A would be read again for each 16 tokens else. A's first pieces
-// are asked for before x is there.
-// Numerics: float32 sums, one warp's after the other. The order of a sum depends on k and on the
+// Many tokens go to shrink_many.cu.
+// Work: a CTA takes some tokens of one slot, some rows of A (those of all parts one after the
+// other) and one split of k. The grid depends on shapes alone; CTAs beyond the last tile end at
+// once. The 8 warps of a CTA share its k: warp w takes every 8th piece of 32 columns. Products are
+// mma m16n8k16, whose 16 of k may stand in any order that both operands share, so a lane loads 16
+// bytes of a row and feeds two mma with them. Up to 64 tokens, a CTA takes 16 tokens by 8 rows of
+// A, or by 16 or 32 rows where A has more. Time then depends on reading A: many SMs should read it,
+// though there should not be more CTAs than run at a time, and a warp should have all of its loads
+// in flight at once. That is why k is split too. With more tokens a CTA takes 32 tokens by 16 rows,
+// because A would otherwise be read again for each 16 tokens. The first pieces of A are loaded
+// before pdl_wait().
+// Numerics: float32 sums, added over the warps in order. The order of a sum depends on k and on the
 // number of splits alone.
-// Floor: bytes, 2 * k of each row of A and of x; of one token, rank 16 and k 4096 the latency of a
-// launch.
+// Bound by bytes, 2 * k for each row of A and of x; for one token, rank 16 and k 4096 by the
+// latency of a launch.
 #include "gpu/core/vec.cuh"
 #include "gpu/lora/shrink.cuh"
 
@@ -25,11 +28,11 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kFewTokens = 64;          // up to here tiles are of one mma
-constexpr int kPiece = 32;              // columns of k that a warp takes at once
-constexpr int kStep = kWarps * kPiece;  // from one piece of a warp to its next
+constexpr int kFewTokens = 64;          // up to here a CTA takes the 16 tokens of one mma
+constexpr int kPiece = 32;              // a piece: columns of k that a warp takes at once
+constexpr int kStep = kWarps * kPiece;  // distance from one piece of a warp to its next
 
-// 8 elements of a row from column i on; zeros from column end on, and where there is no row.
+// Elements i .. i + 7 of a row; zeros from column `end` on, and where the row does not exist.
 template <class T, bool kIsAligned>
 __device__ __forceinline__ uint4 load_piece(const T* row, bool is_there, int i, int end) {
   if constexpr (kIsAligned) {
@@ -46,7 +49,7 @@ __device__ __forceinline__ uint4 load_piece(const T* row, bool is_there, int i, 
   }
 }
 
-// What a lane multiplies at a time: kDepth pieces of a warp, kTokenTiles by kRowTiles mma of each.
+// What a lane holds at a time: kDepth pieces of its warp, for kTokenTiles x kRowTiles mma each.
 template <class T, int kTokenTiles, int kRowTiles, int kDepth, bool kIsAligned>
 struct Pieces {
   uint4 a[kDepth][kRowTiles], low[kDepth][kTokenTiles], high[kDepth][kTokenTiles];
@@ -62,7 +65,8 @@ struct Pieces {
     }
   }
 
-  // x: of the first token of the lane's, which are kMmaTokens / 2 apart; `count` of them.
+  // `x` is the row of token `group` of the tile; the lane takes that token and those 8, 16, ...
+  // further on, of `count` tokens.
   __device__ __forceinline__ void load_x(const T* x, int64_t stride, int count, int column,
                                          int end) {
     const int group = threadIdx.x % kWarpSize / 4;
@@ -96,7 +100,7 @@ struct Pieces {
   }
 };
 
-// CTAs an SM; of two, ptxas spills for sm_120.
+// CTAs per SM; with two, ptxas spills registers for sm_120.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 constexpr int kResident = 1;
 #else
@@ -113,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   __shared__ float partial[kWarps][kMmaTokens][kRows + 1];
   __shared__ float factors[kTokens];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int group = lane / 4, place = lane % 4;  // of an mma's fragments
+  const int group = lane / 4, place = lane % 4;  // the lane's indices in an mma's fragments
   const int first_row = blockIdx.x % row_blocks * kRows;
   const int split = blockIdx.x / row_blocks % p.out.num_splits;
   pdl_launch_dependents();

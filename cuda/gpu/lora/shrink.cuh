@@ -1,4 +1,5 @@
-// What both kernels of lora_shrink have in common: rows of A, and the norm that is a factor of x.
+// What both kernels of lora_shrink have in common: the rows of A, and the RMSNorm whose factor x
+// lacks.
 #pragma once
 
 #include "common/epilogue.h"
@@ -7,7 +8,7 @@
 
 namespace pyserve::gpu {
 
-// What the norm before multiplies the sums of a token by; all lanes of a warp call it.
+// The factor of the RMSNorm for the sums of a token. All lanes of a warp call this.
 __device__ __forceinline__ float norm_factor(const LoraShrinkParams& p, int64_t token) {
   if (p.x_squares == nullptr) return 1.0f;
   const int count = static_cast<int>((p.k + kSquaresColumns - 1) / kSquaresColumns);
@@ -19,7 +20,8 @@ __device__ __forceinline__ float norm_factor(const LoraShrinkParams& p, int64_t 
   return rsqrtf(lane_sum(sum) / static_cast<float>(p.k) + p.eps);
 }
 
-// Row `row` of all parts' A together.
+// A row of A, when the rows of all parts are numbered one after the other. is_there is false from
+// the part's rank on.
 struct Row {
   int part, index;
   bool is_there;
@@ -30,7 +32,7 @@ __device__ __forceinline__ Row row_of(const LoraRows& rows, int slot, int row) {
   return {part, index, part < rows.num_parts && index < rank_of(rows, slot, part)};
 }
 
-// Whether any of rows [first, first + count) is there.
+// Whether any of the rows [first, first + count) exists.
 __device__ __forceinline__ bool has_rows(const LoraRows& rows, int slot, int first, int count) {
   bool any = false;
   for (int part = first / rows.max_rank; part < rows.num_parts; ++part) {

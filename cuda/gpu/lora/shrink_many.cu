@@ -1,16 +1,17 @@
-// lora_shrink (shrink.cu) of many tokens: x is read once, at the rate of a copy, by CTAs of 64
-// tokens of one slot by up to 64 rows of A, those of all parts one after the other, and one split
-// of k. Splits are as many as give each SM a CTA (num_splits of ops/lora.py).
+// lora_shrink (see shrink.cu for shapes) for many tokens. x is read once, at the rate of a copy. A
+// CTA takes 64 tokens of one slot, up to 64 rows of A (those of all parts one after the other) and
+// one split of k. There are as many splits as give each SM one CTA (num_splits of ops/lora.py).
 //
-// Columns of k come in stages of 128, all but one of which are on their way by cp.async: 80 KB of
-// x on each SM of an H200. Of a CTA's 8 warps two take a quarter of a stage's columns, each of them
-// 32 of the tokens, and all of the rows: those are asked for together, then multiplied. In shared
-// memory the chunks of 16 bytes of a row are permuted by its number, so that 8 rows' meet no bank
-// twice. A's first stages are asked for before x is there.
-// A CTA takes more than half of an SM's shared memory where the card has it: rule 5 of pdl.cuh.
-// Numerics: float32 sums, one quarter's after the other's. The order of a sum depends on k and on
+// The columns of k come in stages of 128 by cp.async. All stages but one are in flight: 80 KB of x
+// per SM of an H200. A stage's columns are divided into quarters. Two of the 8 warps take one
+// quarter, each of them 32 of the tokens and all of the rows; they load all fragments of a stage
+// first and then multiply. In shared memory the 16-byte chunks of a row are XORed with the row's
+// number, so that ldmatrix meets no bank conflicts. The first stages of A are loaded before
+// pdl_wait(). A CTA takes more than half of an SM's shared memory where the device has enough, by
+// rule 5 of pdl.cuh.
+// Numerics: float32 sums, added over the quarters in order. The order of a sum depends on k and on
 // the number of splits alone.
-// Floor: bytes, 2 * k of each token.
+// Bound by bytes: 2 * k for each token.
 #include "gpu/core/vec.cuh"
 #include "gpu/lora/shrink.cuh"
 
@@ -19,42 +20,46 @@ namespace {
 
 constexpr int kWarps = 8, kQuarters = 4;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kLog2Tokens = 6, kTokens = 1 << kLog2Tokens;  // of a CTA
-constexpr int kTokenTiles = kTokens / kMmaTokens / (kWarps / kQuarters);  // of a warp
-constexpr int kColumns = 128;                               // of a stage
+constexpr int kLog2Tokens = 6, kTokens = 1 << kLog2Tokens;  // tokens of a CTA
+constexpr int kTokenTiles = kTokens / kMmaTokens / (kWarps / kQuarters);  // mma rows of a warp
+constexpr int kColumns = 128;                               // columns of a stage
 constexpr int kRowBytes = 2 * kColumns, kChunks = kRowBytes / 16;
-constexpr int kPass = kThreads / kChunks;  // rows that the threads copy a chunk each of
+// Rows that all threads copy together, one chunk per thread.
+constexpr int kPass = kThreads / kChunks;
 
-// Up to kRows rows of A, and kStages stages.
+// The tile sizes: up to kRows rows of A, and kStages stages.
 template <int kRowsOf, int kStagesOf>
 struct ManyTiling {
   static constexpr int kRows = kRowsOf, kStages = kStagesOf, kRowTiles = kRows / 8;
-  static constexpr int kStageBytes = (kTokens + kRows) * kRowBytes;  // tokens, then rows
+  // First the tokens, then the rows of A.
+  static constexpr int kStageBytes = (kTokens + kRows) * kRowBytes;
   static constexpr int kSmemBytes = kStages * kStageBytes;
-  static constexpr int kPitch = kRows + 8;  // of sums: pairs of four tokens meet no bank twice
+  // In floats; padded so that the float2 stores of four tokens share no bank.
+  static constexpr int kPitch = kRows + 8;
   static_assert(kRows % kPass == 0 && kTokens % kPass == 0);
   static_assert(kQuarters * kTokens * kPitch * 4 <= kSmemBytes, "all quarters' sums");
 };
 
-// Where a chunk of a row lies.
+// The byte offset of a chunk of a row within a stage.
 __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
   return row * kRowBytes + (chunk ^ row % 8) * 16;
 }
 
-// What a thread copies of each stage: a chunk of some tokens and of some rows of A.
+// What a thread copies of each stage: one chunk of some tokens and of some rows of A.
 template <class T, class Tiling>
 struct Sources {
   static constexpr int kTokenPasses = kTokens / kPass, kRowPasses = Tiling::kRows / kPass;
   const T *x[kTokenPasses], *a[kRowPasses];
   bool has_x[kTokenPasses], has_a[kRowPasses];
-  int begin, end;  // columns: the thread's first, and behind the split's last
-  uint32_t to;     // of the first stage
+  int begin, end;  // the thread's first column, and the end of the split
+  uint32_t to;     // the thread's place in the first stage
 
   __device__ __forceinline__ Sources(const LoraShrinkParams& p, const TokenTile& tile,
                                      int first_row, int first_column, int end_column, uint32_t smem)
       : begin(first_column + static_cast<int>(threadIdx.x) % kChunks * kVec), end(end_column) {
     const int first = threadIdx.x / kChunks;
-    to = smem + chunk_offset(first, threadIdx.x % kChunks);  // kPass rows on it is the same
+    // The swizzle is the same kPass rows further on.
+    to = smem + chunk_offset(first, threadIdx.x % kChunks);
     static_assert(kPass % 8 == 0);
 #pragma unroll
     for (int i = 0; i < kTokenPasses; ++i) {
@@ -74,7 +79,7 @@ struct Sources {
     }
   }
 
-  // Stage `stage` of the split, to the place of that number.
+  // Starts to copy stage `stage` of the split into buffer `place`.
   __device__ __forceinline__ void copy_x(int stage, int place) const {
     const bool is_inside = begin + stage * kColumns < end;
 #pragma unroll
@@ -94,13 +99,14 @@ struct Sources {
   }
 };
 
-// sums += a warp's tokens times all rows, of its quarter of the stage at `stage`.
+// sums += the warp's tokens times all rows, over its quarter of the stage at address `stage`.
 template <class T, int kRowTiles>
 __device__ __forceinline__ void add_stage(float (&sums)[kTokenTiles][kRowTiles][4],
                                           uint32_t stage) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int chunk = warp % kQuarters * 4, first_token = warp / kQuarters * kTokenTiles * kMmaTokens;
-  // 8 rows on a chunk lies likewise. Chunks begin at a multiple of 4: two on, a 32 is flipped.
+  // The swizzle is the same 8 rows further on. The quarter's first chunk is a multiple of 4, so
+  // going two chunks further flips bit 5 of the address.
   const uint32_t tokens = stage + chunk_offset(first_token + lane % 16, chunk + lane / 16);
   const uint32_t rows = stage + chunk_offset(kTokens + lane % 8, chunk + lane / 8);
   uint32_t x[2][kTokenTiles][4], a[kRowTiles][4];
@@ -123,7 +129,7 @@ __device__ __forceinline__ void add_stage(float (&sums)[kTokenTiles][kRowTiles][
   }
 }
 
-// A warp's sums to where all quarters' lie: [kQuarters][kTokens][kPitch].
+// Stores a warp's sums to its quarter's place: [kQuarters][kTokens][kPitch].
 template <class Tiling>
 __device__ __forceinline__ void store_sums(
     float* partial, const float (&sums)[kTokenTiles][Tiling::kRowTiles][4]) {
@@ -144,12 +150,12 @@ __device__ __forceinline__ void store_sums(
   }
 }
 
-// Adds the quarters up, and writes what is there of it.
+// Adds up the quarters and writes the rows and tokens that exist.
 template <class Tiling>
 __device__ __forceinline__ void write_sums(const LoraShrinkParams& p, const TokenTile& tile,
                                            int first_row, int split, const float* partial,
                                            const float* factors) {
-  constexpr int kAtOnce = kThreads / Tiling::kRows;  // tokens
+  constexpr int kAtOnce = kThreads / Tiling::kRows;  // tokens written at once
   const int own = threadIdx.x % Tiling::kRows;
   const Row row = row_of(p.rows, tile.slot, first_row + own);
   if (threadIdx.x >= kAtOnce * Tiling::kRows || !row.is_there) return;
@@ -202,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
   for (int stage = 0; stage < num_stages; ++stage) {
     cp_async_wait<kStages - 2>();
-    __syncthreads();  // the stage is there for all, and all are through with the one before
+    __syncthreads();  // the stage is there for all threads, and all have finished the one before
     if (stage + kStages - 1 < num_stages) {
       sources.copy_a(stage + kStages - 1, free_place);
       sources.copy_x(stage + kStages - 1, free_place);

@@ -1,6 +1,6 @@
-// What was shrunk, as lora_expand multiplies it: each float32 as the sum of two 16-bit numbers,
-// which keeps 16 of its bits or more, in the registers of an mma's rows. A CTA adds splits up and
-// divides once for all of its warps, into shared memory.
+// `shrunk` as the factor of lora_expand: each float32 is the sum of two 16-bit numbers, which keeps
+// at least 16 bits of its mantissa, laid out as the A fragments of an mma. A CTA sums the splits
+// and divides the elements in two once, into shared memory, for all of its warps.
 #pragma once
 
 #include "gpu/core/ptx.cuh"
@@ -8,7 +8,7 @@
 
 namespace pyserve::gpu {
 
-// sum += elements r .. r + 3 of a row of what was shrunk. kIsAligned: all four may be read.
+// sum += elements r .. r + 3 of a row of `shrunk`. With kIsAligned all four may be read.
 template <bool kIsAligned>
 __device__ __forceinline__ void add_four(float4& sum, const float* row, int r, int rank) {
   float4 four{};
@@ -29,8 +29,9 @@ __device__ __forceinline__ float4 below_rank(const float4& four, int r, int rank
           r + 3 < rank ? four.w : 0.0f};
 }
 
-// Of 16 tokens' piece of r, as a lane multiplies it: neighbours of token group and of group + 8, in
-// turns. Each as a 16-bit number, and what that leaves.
+// The A fragment of a lane for one piece of r of 16 tokens: pairs of neighbours, alternately of
+// token `group` and of token group + 8. `value` has the rounded 16-bit numbers and `rest` what
+// rounding left over.
 struct Halves {
   uint4 value, rest;
 
@@ -51,22 +52,24 @@ struct Halves {
   }
 };
 
-// Of 16 tokens' piece, in shared memory.
+// Shared memory for one piece of 16 tokens.
 constexpr int kHalvesBytes = kWarpSize * static_cast<int>(sizeof(Halves));
 
-// Where those of some tokens and of a part or two lie: all lanes' values of 16 tokens and then the
-// rests. kWarps: of a CTA.
+// Where the Halves of some tokens and of one or two parts lie: for each 16 tokens the values of all
+// lanes, then the rests of all lanes. kWarps is that of the CTA.
 template <int kWarps>
 struct Staging : Room {
   using Room::Room;
 
-  // Lane's value of the 16 tokens from `token` on, counted from the first; kWarpSize on, its rest.
+  // The place of the lane's value of the 16 tokens from `token` on, counted from the first staged
+  // token. Its rest lies kWarpSize further.
   __device__ __forceinline__ int index(int part, int piece, int token, int lane) const {
     return ((part * num_pieces + piece) * num_tokens + token) / kMmaTokens * 2 * kWarpSize + lane;
   }
 
-  // By all threads of a CTA: a warp has 16 tokens of every kPass, kAtOnce times at a time, of
-  // kSplits splits; 1: there is one. row: of the first token and of the part, of that rank.
+  // Fills the shared memory for one part. All threads of the CTA call this. A warp takes 16 of each
+  // kPass tokens, and kAtOnce such groups at a time; it loads kSplits splits at once (1: there is
+  // only one). `row` is that of the first token and of the part, whose rank is `rank`.
   template <bool kIsAligned, int kAtOnce, int kSplits, class T>
   __device__ __forceinline__ void fill(uint4* staged, const LoraShrunk& shrunk, const float* row,
                                        int count, int rank, int part) const {
@@ -78,7 +81,7 @@ struct Staging : Room {
       const int r = kPiece * piece + 4 * (lane % 4), num_there = r < rank ? count : 0;
 #pragma unroll 1
       for (int begin = first; begin < count; begin += kAtOnce * kPass) {
-        float4 sums[2 * kAtOnce] = {};  // of token group and of group + 8
+        float4 sums[2 * kAtOnce] = {};  // alternately of token group and of group + 8
         const int token = begin + lane / 4;
         const float* own = row + token * shrunk.stride;
 #pragma unroll 1
@@ -105,7 +108,7 @@ struct Staging : Room {
     }
   }
 
-  // The same, whatever of it may be on its way at once.
+  // The same, with as many loads in flight as suit the number of splits.
   template <bool kIsAligned, class T>
   __device__ __forceinline__ void fill(uint4* staged, const LoraShrunk& shrunk, const float* row,
                                        int count, int rank, int part) const {
