@@ -1,5 +1,5 @@
-// The ops on logits on CUDA: checks, then the kernels of sample.cu, bitmask.cu and
-// logprobs.cu.
+// The CUDA side of the ops on logits: checks the arguments and calls the launchers of sample.cu,
+// bitmask.cu and logprobs.cu.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -49,7 +49,7 @@ void sample(const Tensor& logits, const Tensor& sample_slots, const Tensor& slot
 void apply_bitmask(const Tensor& logits, const Tensor& bitmask, const Tensor& rows) {
   constexpr const char* kBitmaskOp = "apply_bitmask";
   const BitmaskArgs args = bitmask_args({kBitmaskOp, Place::kCuda}, logits, bitmask, rows);
-  const int64_t most = 65535;  // of a grid's second dim
+  const int64_t most = 65535;  // limit of a grid's second dim
   PYSERVE_CHECK(args.num_masked() <= most && args.num_rows() <= 1 << 20, kBitmaskOp, ": ",
                 args.num_masked(), " masks for ", args.num_rows(), " rows, at most ", most, " for ",
                 1 << 20);

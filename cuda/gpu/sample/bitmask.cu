@@ -1,9 +1,11 @@
-// apply_bitmask: -inf where a row's mask has no bit, in place.
+// apply_bitmask: logits [num_rows, vocab_size], bfloat16 or float16, become -inf, in place, where
+// the mask of their row has no bit. bitmask is int32 [num_masked, num_words], and tokens beyond its
+// end are forbidden.
 //
-// A thread has one byte of the mask, 8 tokens, at a time: a warp reads 32 bytes of it and covers
-// 256 neighbouring logits. Logits are never read; 8 forbidden ones are one store of 16 bytes,
-// allowed ones are not touched. What lies behind the mask's end is forbidden.
-// Floor: bytes, 1/8 a token for the mask and an element for each token that is forbidden.
+// Work: a thread takes one byte of the mask, which is 8 tokens, at a time, so a warp reads 32 bytes
+// of the mask and covers 256 neighbouring logits. Logits are never read: 8 forbidden ones are one
+// store of 16 bytes, and allowed ones are not touched.
+// Bound by bytes: 1/8 per token for the mask, and one element for each forbidden token.
 #include "gpu/core/launch.cuh"
 #include "gpu/core/vec.cuh"
 #include "gpu/sample/bitmask.h"
@@ -12,7 +14,7 @@ namespace pyserve::gpu {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBytes = 4;  // of the mask, that a thread asks for at once
+constexpr int kBytes = 4;  // bytes of the mask that a thread loads at once
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) bitmask_kernel(BitmaskParams p) {

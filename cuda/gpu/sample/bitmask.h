@@ -1,4 +1,4 @@
-// apply_bitmask on CUDA: its parameters.
+// The launcher of apply_bitmask and its parameters.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,7 +15,7 @@ struct BitmaskParams {
   Dtype dtype;
   const int32_t* bitmask;  // [num_masked, num_words]
   int64_t bitmask_stride;
-  const int32_t* rows;  // [num_masked], -1: nothing to mask
+  const int32_t* rows;  // -1: this mask is not used
   int64_t rows_stride;
   int32_t num_rows, num_masked, num_words, vocab_size;
 };

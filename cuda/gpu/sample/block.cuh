@@ -1,5 +1,6 @@
-// What the sampler's CTAs do together: prefix sums of 64-bit integers, the item at which a running
-// sum passes a target, a sort of a short list. All sums are of integers: exact in any order.
+// What the threads of the sampler's CTAs do together: prefix sums of 64-bit integers, the search
+// for the item at which a running sum passes a target, and a sort of a short list. All sums are of
+// integers and so exact in any order.
 #pragma once
 
 #include "gpu/core/block.cuh"
@@ -7,11 +8,11 @@
 
 namespace pyserve::gpu {
 
-// Where a running sum passes a target.
+// The item at which a running sum passes a target.
 struct Crossing {
   int item;
   uint64_t before;  // sum of the items in front of it
-  uint64_t total;   // of all
+  uint64_t total;   // sum of all items
 };
 
 struct BlockShared {
@@ -20,7 +21,7 @@ struct BlockShared {
 };
 
 // The first of n items at which the running sum of get(item) exceeds target_of(total), which must
-// be below the total. What get reads must be visible to the CTA.
+// be less than the total. What get reads must already be visible to all threads.
 template <class Get, class TargetOf>
 __device__ inline Crossing find_crossing(int n, BlockShared& s, const Get& get,
                                          const TargetOf& target_of) {
@@ -41,8 +42,8 @@ __device__ inline Crossing find_crossing(int n, BlockShared& s, const Get& get,
   return s.crossing;
 }
 
-// A bound that at least k of the threads' keys (row.cuh), two of each, reach and hardly more; its
-// mantissa has 11 bits.
+// A bound that at least k of the keys (row.cuh) reach, and hardly more than k; each thread brings
+// two keys, a and b. The bound has 11 bits of mantissa.
 __device__ inline float kth_bound(uint32_t a, uint32_t b, int k) {
   uint32_t bound = 0;
 #pragma unroll 1
@@ -55,8 +56,8 @@ __device__ inline float kth_bound(uint32_t a, uint32_t b, int k) {
   return from_key(max(bound, to_key(-kInfinity)));
 }
 
-// Sorts n different numbers, largest first; n is rounded up to a power of two, for which the list
-// must have room, with zeros. Bitonic (Batcher 1968).
+// Sorts n different numbers, largest first. The list is padded with zeros to a power of two, for
+// which it must have room. Bitonic sort (Batcher 1968).
 __device__ inline void sort_descending(uint64_t* list, int n) {
   int padded = 1;
   while (padded < n) padded *= 2;

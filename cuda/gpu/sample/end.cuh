@@ -1,14 +1,16 @@
-// How a row that is not greedy ends, by one CTA: from a list of its largest logits, or by radix
-// selection; nucleus.cuh has top-p alone.
+// How one CTA draws the token of a row that is not greedy: from a list of its largest logits, or
+// after a radix selection. nucleus.cuh does the same for top-p without top-k.
 #pragma once
 
 #include "gpu/sample/select.cuh"
 
 namespace pyserve::gpu {
 
+// kList: a top-k that the scan's bound serves. kNucleus: top-p without top-k. kSums: neither.
+// kRadix: a top-k too large for a list.
 enum class Path { kList, kNucleus, kSums, kRadix };
 
-// Everything the draw of a row needs.
+// What is known of a row when the draw begins.
 template <class T>
 struct Draw {
   SampleRow<T> row;
@@ -17,14 +19,14 @@ struct Draw {
   int top_k;  // 0: all
 };
 
-// Any top-k and top-p without a list: sets the thresholds.
+// Sets the thresholds for any top-k and top-p, without a list.
 template <class T>
 __device__ __forceinline__ void select_thresholds(Draw<T>& draw, DrawShared& s) {
   if (draw.top_k > 0) select_key(draw.row, draw.top_k, draw.weigher, s);
   if (s.top_p < 1.0f) select_weight(draw.row, s.top_p, draw.weigher, s);
 }
 
-// From the n logits in the list that reach the bound: top-k, min-p, top-p, draw.
+// Draws from a list of the n logits that reach the bound: top-k, then min-p, then top-p.
 template <class T>
 __device__ __forceinline__ int end_list(const Draw<T>& draw, int n, DrawShared& s) {
   sort_descending(s.list, n);

@@ -1,14 +1,15 @@
-// logprobs: of rows of logits the log-softmax of one token, how many tokens are above it, and the
-// 20 most likely ones.
+// logprobs: for given rows of logits [num_rows, vocab_size], bfloat16 or float16: the log-softmax
+// of one token, how many tokens have a larger logit, and the 20 most likely tokens.
 //
-// One CTA a row, two passes over it, the second out of L2. The first sums exp with a running
-// largest logit (Milakov and Gimelshein 2018) and keeps the maxima of 1,024 disjoint parts; no
-// token of the 20 is below the 20th largest of these. The second lists the few logits that reach
-// that bound, and the list is sorted. Where it overflows, as on rows of many equal logits, each
-// token of the 20 is one further pass. No scratch memory in the workspace.
-// Numerics: float32; a NaN counts as -inf. Ids and ranks are exact, ties by id.
-// Floor: bytes, the logits once. Few rows ask: a CTA a row is far from the card's bandwidth, and
-// far shorter than the forward pass in front of it.
+// Work: one CTA per row, and two passes over the row, the second mostly from L2. The first pass
+// sums exp with a running largest logit (Milakov and Gimelshein 2018), and keeps the maxima of
+// 1,024 disjoint parts of the row. None of the 20 tokens is below the 20th largest of these maxima.
+// The second pass lists the few logits that reach this bound, and the list is sorted. If the list
+// overflows, as with many equal logits, each of the 20 tokens takes one more pass. No workspace is
+// needed.
+// Numerics: float32; a NaN counts as -inf. Ids and ranks are exact, with ties broken by id.
+// Floor: the bytes of the logits, once. Only few rows ask for logprobs, and one CTA per row stays
+// far below the device's bandwidth, but takes far less time than the forward pass in front of it.
 #include "common/limits.h"
 #include "gpu/core/launch.cuh"
 #include "gpu/core/vec.cuh"
@@ -20,7 +21,7 @@ namespace pyserve::gpu {
 namespace {
 
 constexpr int kTop = static_cast<int>(kTopLogprobs);
-constexpr int kRoom = 2048;  // of the list
+constexpr int kRoom = 2048;  // entries of the list
 
 struct LogprobsShared {
   uint64_t list[kRoom];
@@ -31,7 +32,7 @@ struct LogprobsShared {
   int32_t count;
 };
 
-// A sum of exp(x - largest).
+// A sum of exp(x - largest), which can be rescaled to a larger `largest`.
 struct ExpSum {
   float largest = -kInfinity;
   float sum = 0.0f;
@@ -53,10 +54,10 @@ template <class T>
 __device__ __forceinline__ void read_octet(const RawOctet<T>& raw, float (&x)[kOctet]) {
   raw.unpack(x);
 #pragma unroll
-  for (int e = 0; e < kOctet; ++e) x[e] = fmaxf(x[e], -kInfinity);  // of a NaN: -inf
+  for (int e = 0; e < kOctet; ++e) x[e] = fmaxf(x[e], -kInfinity);  // a NaN becomes -inf
 }
 
-// The 20 largest ranks one after the other, a pass each.
+// Finds the 20 largest ranks (rank_of in select.cuh) one after the other, with one pass each.
 template <class T>
 __device__ __forceinline__ void select_slowly(const SampleRow<T>& row, LogprobsShared& s) {
   uint64_t before = ~uint64_t{0};
@@ -78,7 +79,7 @@ __device__ __forceinline__ void select_slowly(const SampleRow<T>& row, LogprobsS
       const uint64_t other = __shfl_xor_sync(kFullMask, best, distance);
       best = other > best ? other : best;
     }
-    __syncthreads();  // the readers of the pass before are through
+    __syncthreads();  // the readers of the pass before have finished
     if (threadIdx.x % kWarpSize == 0) s.best[threadIdx.x / kWarpSize] = best;
     __syncthreads();
     before = s.best[0];
@@ -90,7 +91,8 @@ __device__ __forceinline__ void select_slowly(const SampleRow<T>& row, LogprobsS
   __syncthreads();
 }
 
-// Ranks of the 20 largest logits into the list, in order. `bound` as the maxima of parts tell it.
+// Puts the ranks of the 20 largest logits into the list, in order. `bound` is the one from the
+// maxima of the parts.
 template <class T>
 __device__ __forceinline__ void select_top(const SampleRow<T>& row, float bound,
                                            LogprobsShared& s) {
@@ -109,7 +111,8 @@ __device__ __forceinline__ void select_top(const SampleRow<T>& row, float bound,
   if (count > kRoom) return select_slowly(row, s);
   sort_descending(s.list, count);
   if (count >= kTop || threadIdx.x != 0) return;
-  // The rest is -inf, lowest ids first: at most `count` of the first 2 * kTop ids are listed.
+  // The remaining places go to tokens with a logit of -inf, lowest ids first. Fewer than kTop
+  // tokens are listed, so the first 2 * kTop ids have enough others.
   int listed = count;
 #pragma unroll 1
   for (int id = 0; id < min(2 * kTop, row.vocab_size) && listed < kTop; ++id) {
@@ -165,7 +168,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) logprobs_kernel(LogprobsPar
       largest = fmaxf(largest, x[e]);
       num_above += x[e] > token_logit;
     }
-    parts[1] = fmaxf(parts[1], largest);  // the visits of a thread go to its two parts in turn
+    parts[1] = fmaxf(parts[1], largest);  // a thread's octets go alternately to its two parts
     const float other = parts[0];
     parts[0] = parts[1];
     parts[1] = other;
@@ -181,7 +184,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) logprobs_kernel(LogprobsPar
   }
   num_above = __reduce_add_sync(kFullMask, num_above);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  __syncthreads();  // s.num_above is 0
+  __syncthreads();  // s.num_above has been set to 0
   if (lane == 0) {
     s.largest[warp] = sum.largest;
     s.sums[warp] = sum.sum;

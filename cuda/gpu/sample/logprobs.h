@@ -1,4 +1,4 @@
-// logprobs on CUDA: its parameters.
+// The launcher of logprobs and its parameters.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,9 +13,9 @@ struct LogprobsParams {
   const void* logits;  // [num_rows, vocab_size], vocab contiguous; strides in elements
   int64_t logits_stride;
   Dtype dtype;
-  const int32_t* rows;  // [num_asked], -1: none
+  const int32_t* rows;  // -1: no row is asked for here
   int64_t rows_stride;
-  const int32_t* token_ids;  // [num_rows], -1: none
+  const int32_t* token_ids;  // -1: no token
   int64_t token_ids_stride;
   float* token_logprobs;  // [num_asked]
   int64_t token_logprobs_stride;

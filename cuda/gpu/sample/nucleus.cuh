@@ -1,13 +1,16 @@
-// Top-p alone, on any row, in two passes over it behind that for its largest logit.
-//   1  counts the tokens by their exponents, which takes no exponential function. A bin's mass is
-//      known but for the factor that weights in it differ by, and so, nearly, is the threshold: it
-//      lies in a window of a bin or two.
-//   2  weighs all tokens: the sum of all, the sums above the window by 256 tokens, and a list of
-//      what is in the window. If that overflows with different weights, its tokens are counted by
-//      their weights for a narrower window, and 2 comes again.
-// From these the threshold is exact, and is checked: where it is not in the window after all, the
-// passes of select.cuh find it. Where several CTAs share a row, they weigh it in 1 already; if few
-// tokens reach the window, the last one lists these, and draws from the list.
+// Top-p without top-k, on any row. The threshold is the smallest weight that top-p keeps. After the
+// scan for the largest logit the row takes two passes:
+//   1  counts the tokens in bins by the exponents of their weights, which needs no exponential
+//      function. Weights within a bin differ by at most a factor, so the counts give the mass of
+//      each bin up to that factor, and confine the threshold to a window of a bin or two.
+//   2  computes all weights: their sum, for each chunk of 256 tokens the sum above the window, and
+//      a list of the tokens in the window. If the list overflows with different weights, the tokens
+//      of the window are counted by the bits of their weights, which gives a narrower window, and
+//      pass 2 is repeated.
+// From these the exact threshold is found and checked. If it is not in the window after all, the
+// passes of select.cuh find it. Where several CTAs share a row, they sum the weights in pass 1
+// already. If few tokens then reach the window, the last CTA lists just these and draws from the
+// list.
 #pragma once
 
 #include "gpu/sample/end.cuh"
@@ -15,21 +18,23 @@
 namespace pyserve::gpu {
 
 constexpr int kBinsPerOctave = 128;
-constexpr int kExponentBins = 2 * kMinListWords;  // the last ones' weights round to 0
-constexpr int kWindowRoom = 2048;                 // words of the list; behind it sums by chunk
-constexpr int kFewReaching = 1024;                // tokens that are sorted at once
-constexpr int kCountShift = 48;                   // a chunk's tokens in the window, above its sum
+constexpr int kExponentBins = 2 * kMinListWords;  // weights of the last bins round to 0
+// Entries of the list for the window; the sums by chunk lie behind them.
+constexpr int kWindowRoom = 2048;
+constexpr int kFewReaching = 1024;                // so many tokens are listed and sorted at once
+// In a chunk's word, its number of tokens in the window lies above its sum.
+constexpr int kCountShift = 48;
 constexpr uint64_t kSumMask = (uint64_t{1} << kCountShift) - 1;
 static_assert(kExponentBins > -Weigher::kLeastExponent * 1.442695f * kBinsPerOctave + 1);
 static_assert(kWindowRoom + kMaxVocabSize / kChunkTokens <= kMaxListWords);
 static_assert((uint64_t{kChunkTokens} << (kWeightBits - 1)) <= kSumMask);
 
-// Weights of which the threshold is one; both inclusive.
+// A range of weights in which the threshold lies; both ends are included.
 struct Window {
   float low, high;
 };
 
-// The weights of bin b lie between those of b - 0.5 and b + 0.5.
+// The weight in the middle of a bin. The weights of bin b lie between those of b - 0.5 and b + 0.5.
 __device__ __forceinline__ float weight_of_bin(float bin) {
   return exp2_approx(34.0f - bin * (1.0f / kBinsPerOctave));
 }
@@ -41,7 +46,8 @@ __device__ __forceinline__ void zero_counts(DrawShared& s) {
   __syncthreads();
 }
 
-// The first bin at which the running sum of mass_of(bin) exceeds `target`, or the last of all.
+// The first bin at which the running sum of mass_of(bin) exceeds `target`; at most the last bin
+// with any mass.
 template <class MassOf>
 __device__ __forceinline__ int bin_at(DrawShared& s, const MassOf& mass_of, double target) {
   return find_crossing(kExponentBins, s.block, mass_of, [&](uint64_t total) {
@@ -49,8 +55,8 @@ __device__ __forceinline__ int bin_at(DrawShared& s, const MassOf& mass_of, doub
          }).item;
 }
 
-// Counts the tokens of chunks [first, last) that have any weight, by exponent. Returns the sum of
-// this thread's weights where kHasMass, else 0.
+// Counts the tokens of chunks [first, last) that have any weight, by their exponents, in s.low().
+// With kHasMass it returns the sum of this thread's weights, else 0.
 template <bool kHasMass, class T>
 __device__ __forceinline__ uint64_t count_exponents(const SampleRow<T>& row, int first, int last,
                                                     const Weigher& weigher, DrawShared& s) {
@@ -80,11 +86,11 @@ __device__ __forceinline__ uint64_t count_exponents(const SampleRow<T>& row, int
   return mass;
 }
 
-// Where the threshold is, by the counts of exponents in s.low(), and how many tokens weigh as much
-// as its low end or more, nearly.
+// The window of the threshold by the counts of exponents in s.low(). num_reaching becomes roughly
+// the number of tokens that weigh at least as much as its low end.
 __device__ __forceinline__ Window window_of(DrawShared& s, uint32_t& num_reaching) {
-  // Let A be the mass in front of the threshold and B the rest: A / B is p / (1 - p), and what the
-  // counts give for it is off by what weights in one bin differ by, 2^(1 / kBinsPerOctave).
+  // Let A be the mass above the threshold and B the rest, so that A / B = p / (1 - p). The counts
+  // give this ratio up to the factor by which the weights of a bin differ, 2^(1 / kBinsPerOctave).
   constexpr double kRatio = 0.994;
   const auto mass_of = [&](int i) {
     return s.low()[i] * static_cast<uint64_t>(weight_of_bin(static_cast<float>(i)) + 1.0f);
@@ -101,15 +107,16 @@ __device__ __forceinline__ Window window_of(DrawShared& s, uint32_t& num_reachin
   for (int i = threadIdx.x; i <= last; i += kSampleThreads) count += s.low()[i];
   block_exclusive_sum(s.block.warp_sums, count, num_up_to_last);
   num_reaching = static_cast<uint32_t>(num_up_to_last);
-  constexpr float kMargin = 1e-4f;  // more than exponents and weights are rounded by
+  constexpr float kMargin = 1e-4f;  // more than the rounding errors of exponents and weights
   const float low = weight_of_bin(static_cast<float>(last) + 0.5f) * (1.0f - kMargin) - 1.0f;
   const float high = weight_of_bin(static_cast<float>(first) - 0.5f) * (1.0f + kMargin) + 1.0f;
   return {fmaxf(low, 1.0f), high};
 }
 
-// A narrower window: the first bin of `window` in which the threshold may be, `left` being the mass
-// from the window's high end that is kept. Counts the window's weights by their bits; a bin counts
-// as its largest weight, so that the threshold is in the one that is found or, seldom, below.
+// A narrower window: the first bin of `window` in which the threshold may lie, where `left` is the
+// mass still to be kept, counted from the window's high end. The weights of the window are counted
+// by their bits. A bin's mass is taken as that of its largest weight, so the threshold lies in the
+// bin that is found or, seldom, below it.
 template <class T>
 __device__ __forceinline__ Window narrowed(const SampleRow<T>& row, const Weigher& weigher,
                                            const Window& window, uint64_t left, DrawShared& s) {
@@ -136,16 +143,16 @@ __device__ __forceinline__ Window narrowed(const SampleRow<T>& row, const Weighe
           from_offset(top - (bin << shift))};
 }
 
-// What the second pass finds out.
+// The results of the second pass.
 struct NucleusSums {
-  uint64_t all;    // weights
-  uint64_t above;  // those above the window
+  uint64_t all;    // sum of all weights
+  uint64_t above;  // sum of the weights above the window
   int num_in_window;
-  bool is_one_weight;  // all in the window, if that does not fit the list
+  bool is_one_weight;  // whether all in the window are equal; only set if they overflow the list
 };
 
-// The second pass: lists the window's ranks by weight, up to kWindowRoom of them, and leaves in
-// s.list[kWindowRoom + chunk] the sum above the window and the count in it.
+// The second pass. Lists up to kWindowRoom tokens of the window as ranks by weight, and leaves in
+// s.list[kWindowRoom + chunk] the sum above the window and the number of tokens in it.
 template <class T>
 __device__ __forceinline__ NucleusSums weigh_around(const SampleRow<T>& row, const Weigher& weigher,
                                                     const Window& window, DrawShared& s) {
@@ -153,7 +160,7 @@ __device__ __forceinline__ NucleusSums weigh_around(const SampleRow<T>& row, con
   if (threadIdx.x == 0) s.count = 0;
   __syncthreads();
   uint64_t all = 0;
-  float least = kInfinity, most = 0.0f;  // of what does not fit the list
+  float least = kInfinity, most = 0.0f;  // of the weights that do not fit the list
   row.visit(0, row.num_chunks(), [&](int chunk, int octet, const float(&x)[kOctet]) {
     float weights[kOctet];
     const bool is_any = weigher.weigh(x, weights);
@@ -192,7 +199,7 @@ __device__ __forceinline__ NucleusSums weigh_around(const SampleRow<T>& row, con
     }
   });
   NucleusSums sums;
-  block_exclusive_sum(s.block.warp_sums, all, sums.all);  // its barriers end the pass, too
+  block_exclusive_sum(s.block.warp_sums, all, sums.all);  // its barriers also end the pass
   uint64_t above = 0;
 #pragma unroll 1
   for (int i = threadIdx.x; i < row.num_chunks(); i += kSampleThreads) {
@@ -213,12 +220,13 @@ __device__ __forceinline__ NucleusSums weigh_around(const SampleRow<T>& row, con
   return sums;
 }
 
-// From the window's tokens, which all weigh the same: the kept ones are the first in order of ids.
+// Draws where all tokens of the window weigh the same. The kept ones among them are the first in
+// the order of ids.
 template <class T>
 __device__ __forceinline__ int draw_among_equals(Draw<T>& draw, uint64_t left, DrawShared& s) {
   const float floor = __uint_as_float(bits_of(s.list[0]));
   const uint64_t weight = static_cast<uint64_t>(floor);
-  const uint64_t last = (left - 1) / weight;  // how many are kept besides the last one
+  const uint64_t last = (left - 1) / weight;  // how many are kept before the last one
   const uint64_t* sums = s.list + kWindowRoom;
   Weigher& weigher = draw.weigher;
   weigher.weight_floor = floor;
@@ -243,7 +251,7 @@ __device__ __forceinline__ int draw_among_equals(Draw<T>& draw, uint64_t left, D
       [&](uint64_t total) { return s.drawn_of(total); });
 }
 
-// The mass of the n ranks by weight in the list.
+// The mass of the first n entries of the list, which are ranks by weight.
 __device__ __forceinline__ uint64_t mass_of_list(int n, DrawShared& s) {
   uint64_t mass = 0, total;
 #pragma unroll 1
@@ -254,7 +262,7 @@ __device__ __forceinline__ uint64_t mass_of_list(int n, DrawShared& s) {
   return total;
 }
 
-// From the list of the window's n tokens, sorted.
+// Draws with the help of the sorted list of the window's n tokens.
 template <class T>
 __device__ __forceinline__ int draw_around_list(Draw<T>& draw, int n, uint64_t left,
                                                 DrawShared& s) {
@@ -274,8 +282,8 @@ __device__ __forceinline__ int draw_around_list(Draw<T>& draw, int n, uint64_t l
       [&](uint64_t total) { return s.drawn_of(total); });
 }
 
-// From a list of what weighs `low` or more, of a row whose weights' sum is known; -1 where that
-// does not fit the list, or the threshold is lower.
+// Draws from a list of the tokens that weigh `low` or more, for a row whose sum of weights is
+// known. Returns -1 where they do not fit the list, or where the threshold is below `low`.
 template <class T>
 __device__ __forceinline__ int draw_from_heaviest(Draw<T>& draw, float low, uint64_t mass,
                                                   DrawShared& s) {
@@ -301,19 +309,19 @@ __device__ __forceinline__ int draw_from_heaviest(Draw<T>& draw, float low, uint
   return draw_from_list(find_in_list(n, s, [&](uint64_t) { return wanted - 1; }).item + 1, s);
 }
 
-// The row's token, from the counts in s.low(); -1 where the threshold is not where they say.
-// mass   of all weights, or 0 where that is not known.
+// The row's token, given the counts of exponents in s.low(). Returns -1 where the threshold is not
+// where the counts say. `mass` is the sum of all weights, or 0 where it is not known.
 template <class T>
 __device__ __forceinline__ int end_nucleus(Draw<T>& draw, uint64_t mass, DrawShared& s) {
   uint32_t num_reaching;
   Window window = window_of(s, num_reaching);
-  const float lowest = window.low;  // that the threshold may be
+  const float lowest = window.low;  // the lowest value that the threshold may have
   if (mass != 0 && num_reaching <= static_cast<uint32_t>(kFewReaching)) {
     const int token = draw_from_heaviest(draw, window.low, mass, s);
     if (token >= 0) return token;
   }
 #pragma unroll 1
-  for (int attempt = 0; attempt < 8; ++attempt) {  // two or three do, nearly always
+  for (int attempt = 0; attempt < 8; ++attempt) {  // two or three attempts nearly always suffice
     const NucleusSums sums = weigh_around(draw.row, draw.weigher, window, s);
     const uint64_t wanted = wanted_mass(s.top_p, sums.all);
     if (sums.above >= wanted) return -1;

@@ -1,6 +1,8 @@
-// One row of logits as the sampler sees it: eight tokens (an octet) at a time, adjusted on every
-// pass anew by bias, ban and penalties; and a token's weight. The order of float operations is the
-// specification (pyserve/ops/reference.py), so each is spelled out and none is fused.
+// One row of logits as the sampler sees it. It is read in octets of eight tokens, and on each pass
+// the bias, the ban and the penalties are applied anew. A warp takes a chunk of 32 octets at once.
+// This file also computes a token's weight. The order of float operations is part of the
+// specification (pyserve/ops/reference.py), so every operation is spelled out and the compiler may
+// fuse none.
 #pragma once
 
 #include "common/step.h"
@@ -12,26 +14,28 @@ namespace pyserve::gpu {
 constexpr int kSampleThreads = 512;
 constexpr int kSampleWarps = kSampleThreads / kWarpSize;
 constexpr int kOctet = 8;
-constexpr int kChunkTokens = kWarpSize * kOctet;  // what a warp takes at once
+constexpr int kChunkTokens = kWarpSize * kOctet;  // a chunk: the tokens that a warp takes at once
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr int kBiasBuckets = 1024;
 constexpr int kMaxBiases = kMaxLogitBias + kMaxStopTokenIds;
 
-// What changes a row's logits. Biases, then the banned ids, as lists by octet, in the order given.
+// What changes a row's logits. The biases and then the banned ids form linked lists by octet, each
+// in the order given.
 struct Adjustments {
   const int16_t* counts;  // null without penalties
-  bool counts_aligned;    // to 16 bytes
-  bool has_biases;        // or bans
+  bool counts_aligned;    // whether counts is aligned to 16 bytes
+  bool has_biases;        // has biases or bans
   float repetition, frequency, presence;
-  int32_t num_biases;           // of the entries the first, the others ban
-  int32_t first[kBiasBuckets];  // octet % kBiasBuckets -> entry, or kNone
+  int32_t num_biases;           // these entries come first; the entries behind them are bans
+  int32_t first[kBiasBuckets];  // octet % kBiasBuckets -> the list's first entry, or kNone
   int16_t next[kMaxBiases];
   int32_t id[kMaxBiases];
   float value[kMaxBiases];
 };
 constexpr int kNone = 0x7fff;
 
-// Floats in the order of their values, as unsigned integers; both zeros are one.
+// The key of a float: unsigned integers in the order of the floats' values. Both zeros have the
+// same key.
 __device__ __forceinline__ uint32_t to_key(float x) {
   const uint32_t bits = __float_as_uint(__fadd_rn(x, 0.0f));
   return bits ^ (bits >> 31 != 0 ? 0xffffffffu : 0x80000000u);
@@ -41,13 +45,13 @@ __device__ __forceinline__ float from_key(uint32_t key) {
   return __uint_as_float(key ^ (key >> 31 != 0 ? 0x80000000u : 0xffffffffu));
 }
 
-// round(exp(x) * 2^34), x <= 0; Cephes' expf (Moshier 1989).
+// The weight of a token: round(exp(x) * 2^34) for x <= 0, with Cephes' expf (Moshier 1989).
 __device__ __forceinline__ float quantized_exp(float x) {
   constexpr float kRoundShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   x = fmaxf(x, -30.0f);
   const float shifted = __fadd_rn(__fmul_rn(x, 1.44269504088896341f), kRoundShift);
   const float n = __fsub_rn(shifted, kRoundShift);
-  // n times the first constant is exact, so that fusing it with the sum changes nothing.
+  // n times the first constant is exact, so fusing it with the addition changes nothing.
   const float r =
       __fsub_rn(__fmaf_rn(n, -0.693359375f, x), __fmul_rn(n, -2.12194440e-4f));
   float p = 1.9875691500e-4f;
@@ -57,13 +61,13 @@ __device__ __forceinline__ float quantized_exp(float x) {
   p = __fadd_rn(__fmul_rn(p, r), 1.6666665459e-1f);
   p = __fadd_rn(__fmul_rn(p, r), 5.0000001201e-1f);
   const float y = __fadd_rn(__fadd_rn(__fmul_rn(p, __fmul_rn(r, r)), r), 1.0f);
-  // The low bits of `shifted` are n: 2^(n + 34).
+  // The low bits of `shifted` are n, which gives the scale 2^(n + 34).
   const float scale = __uint_as_float((__float_as_uint(shifted) + (127u + 34u)) << 23);
   const float scaled = __fmul_rn(y, scale);
   return scaled < 0x1p23f ? __fsub_rn(__fadd_rn(scaled, 0x1p23f), 0x1p23f) : scaled;
 }
 
-// Sums of weights in two floats that stay exact for 128 weights.
+// A sum of weights in two floats, which is exact for up to 128 weights.
 struct WeightSum {
   float high = 0.0f, low = 0.0f;
 
@@ -74,7 +78,7 @@ struct WeightSum {
     low = __fadd_rn(low, __fmaf_rn(h, -0x1p17f, weight));
   }
 
-  // As add, and the weight times `share`, 0 or 1, to `other`.
+  // As add, and also adds the weight times `share`, which is 0 or 1, to `other`.
   __device__ __forceinline__ void add(float weight, float share, WeightSum& other) {
     constexpr float kRoundShift = 12582912.0f;
     const float h = __fsub_rn(__fmaf_rn(weight, 0x1p-17f, kRoundShift), kRoundShift);
@@ -89,7 +93,7 @@ struct WeightSum {
     return static_cast<uint64_t>((int64_t{__float2int_rn(high)} << 17) + __float2int_rn(low));
   }
 
-  // Over the warp, in every lane.
+  // The sum over the lanes of the warp, in every lane.
   __device__ __forceinline__ uint64_t warp_total() const {
     const int h = __reduce_add_sync(kFullMask, __float2int_rn(high));
     const int l = __reduce_add_sync(kFullMask, __float2int_rn(low));
@@ -111,14 +115,14 @@ struct SampleRow {
   const T* logits;
   const Adjustments* adjustments;  // in shared memory
   int vocab_size;
-  bool is_aligned;  // to 16 bytes
-  bool is_plain;    // without adjustments
+  bool is_aligned;  // logits are aligned to 16 bytes
+  bool is_plain;    // there are no adjustments
 
   __device__ __forceinline__ int num_chunks() const {
     return (vocab_size + kChunkTokens - 1) / kChunkTokens;
   }
 
-  // Tokens behind the last one read as -inf.
+  // Tokens behind the end of the vocabulary read as -inf.
   __device__ __forceinline__ RawOctet<T> load(int octet) const {
     const int begin = octet * kOctet;
     if (is_aligned && begin + kOctet <= vocab_size) return {load_streaming(logits + begin)};
@@ -132,7 +136,7 @@ struct SampleRow {
     return {{two(begin), two(begin + 2), two(begin + 4), two(begin + 6)}};
   }
 
-  // Bias, ban, penalties of the octet's logits.
+  // Applies bias, ban and penalties to the logits of an octet.
   __device__ __forceinline__ void adjust(int octet, float (&x)[kOctet]) const {
     if (is_plain) return;
     if (adjustments->has_biases) apply_biases(octet, x);
@@ -170,8 +174,8 @@ struct SampleRow {
     if ((pairs[0] | pairs[1] | pairs[2] | pairs[3]) == 0) return;
     const float repetition = adjustments->repetition, frequency = adjustments->frequency;
     const float presence = adjustments->presence;
-    // Not unrolled, so that the code has one division: x and the counts are rotated by one element
-    // instead of being indexed.
+    // Not unrolled, so that the code has only one division. x and the counts are rotated by one
+    // element per iteration, because registers cannot be indexed.
 #pragma unroll 1
     for (int e = 0; e < kOctet; ++e) {
       const uint32_t count = pairs[0] & 0xffffu, num_output = count & kMaxTokenCount;
@@ -190,8 +194,8 @@ struct SampleRow {
     }
   }
 
-  // Calls fn(chunk, octet, raw) for the chunks [first, last), each by a whole warp, a lane an
-  // octet. A lane's next 32 bytes are on their way meanwhile.
+  // Calls fn(chunk, octet, raw) for the chunks [first, last). A whole warp takes a chunk, and each
+  // lane one octet. The lane's next two octets (32 bytes) are being loaded meanwhile.
   template <class Fn>
   __device__ __forceinline__ void visit_raw(int first, int last, const Fn& fn) const {
     constexpr int num_warps = kSampleWarps;
@@ -211,7 +215,7 @@ struct SampleRow {
     }
   }
 
-  // Likewise with the adjusted logits: fn(chunk, octet, x).
+  // The same with adjusted logits: fn(chunk, octet, x).
   template <class Fn>
   __device__ __forceinline__ void visit(int first, int last, const Fn& fn) const {
     visit_raw(first, last, [&](int chunk, int octet, const RawOctet<T>& raw) {

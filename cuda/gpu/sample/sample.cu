@@ -1,21 +1,26 @@
-// sample: one token per row of logits by the parameters of its slot, bit for bit as the twin in
-// pyserve/ops/reference.py. What a row needs is decided on the device: any mix in one batch.
+// sample: draws one token per row of logits [num_rows, vocab_size], bfloat16 or float16, by the
+// sampling parameters in the row's slot. The result is bit for bit that of the twin in
+// pyserve/ops/reference.py. What a row needs is decided on the device, so a batch may mix all kinds
+// of rows.
 //
-// Two launches; with few rows several CTAs share one (a contiguous range of tokens each) and the
-// last to arrive ends it. Nothing is sorted but short lists.
-//   scan  the largest adjusted logit and where it is (a greedy row is done), whether one is NaN or
-//         +inf, and the maxima of 1,024 disjoint parts: the k-th largest of these is not above the
-//         k-th largest logit and hardly any more logits than k reach it.
-//   draw  top-k: lists the logits that reach that bound and sorts the list: exact, ties by index.
-//         neither top-k nor top-p: sums of weights per 256 tokens, then inverse CDF.
-//         top-p alone: counts of logits by their distance from the largest, which tell roughly
-//         where the threshold is; then the sums as above and a list of the weights around it.
-// Where a list overflows (many equal logits, a huge k), radix selection with further passes over
-// the row works without one. A weight is round(exp((logit - max) / temperature) * 2^34): sums are
-// exact integers, so that the result depends neither on their order nor on who adds them up.
+// There are two launches. With few rows, several CTAs share one (a contiguous range of tokens each)
+// and the last to arrive finishes it. Only short lists are sorted.
+//   scan  finds the largest adjusted logit and its place (enough for a greedy row), whether a logit
+//         is NaN or +inf, and the maxima of 1,024 disjoint parts of the row. The k-th largest of
+//         these maxima is at most the k-th largest logit, and hardly more than k logits reach it.
+//   draw  with top-k: lists the logits that reach this bound and sorts the list, which is exact,
+//         with ties broken by index.
+//         with neither top-k nor top-p: sums the weights of each 256 tokens, then inverts the CDF.
+//         with top-p alone: counts logits by their distance from the largest, which tells roughly
+//         where the threshold is; then sums as above, with a list of the weights around it.
+// Where a list overflows (many equal logits, a huge k), a radix selection with further passes over
+// the row does without one. A weight is round(exp((logit - max) / temperature) * 2^34). Sums of
+// weights are exact integers, so the result does not depend on their order or on how many CTAs
+// share a row.
 //
-// Floor: bytes, the logits once; weights cost about 36 instructions a token, half of what is left.
-// Source of the threshold idea: radix select (Alabi et al. 2012); inverse CDF, no rejection.
+// Floor: the bytes of the logits, once. A weight costs about 36 instructions, and the weights take
+// half of the time above that floor. The thresholds come from radix select (Alabi et al. 2012). The
+// draw inverts the CDF and never rejects.
 #include "common/philox.h"
 #include "gpu/core/device.h"
 #include "gpu/core/launch.cuh"
@@ -27,12 +32,12 @@ namespace {
 
 struct Arguments {
   SampleParams p;
-  int splits;            // CTAs of a row
-  int chunks_per_split;  // of 256 tokens
+  int splits;            // CTAs per row
+  int chunks_per_split;  // chunks of 256 tokens
   int room;              // words of a row's list
 };
 
-// This CTA's part of a row.
+// This CTA's share of a row: chunks [first_chunk, last_chunk).
 struct Share {
   int row, split, first_chunk, last_chunk;
 };
@@ -44,7 +49,7 @@ __device__ __forceinline__ Share share_of(const Arguments& a) {
   return {row, split, first, min(first + a.chunks_per_split, num_chunks)};
 }
 
-// The row's slot, null for padding.
+// The row's slot; null for a padded row.
 __device__ __forceinline__ int32_t* slot_of(const SampleParams& p, int row, int64_t* slot_id) {
   *slot_id = p.sample_slots[row * p.sample_slots_stride];
   if (*slot_id < -1 || *slot_id >= p.num_slots) __trap();
@@ -59,12 +64,13 @@ __device__ __forceinline__ bool is_greedy(const int32_t* slot) {
   return real_of(slot, kSlotTemperature) < 1e-5f;
 }
 
-// Whether the bound from the parts' maxima serves this k.
+// Whether the bound from the maxima of the parts serves this k.
 __device__ __forceinline__ bool is_short_top_k(int top_k) {
   return top_k > 0 && top_k <= kNumParts - kNumParts / 32;
 }
 
-// The row of logits, its biases in `adjustments`; all threads of the CTA.
+// The row of logits, with its biases and bans put into `adjustments`. All threads of the CTA call
+// this.
 template <class T>
 __device__ inline SampleRow<T> row_of(const Arguments& a, int row, const int32_t* slot,
                                       int64_t slot_id, Adjustments& adjustments) {
@@ -123,7 +129,7 @@ __device__ __forceinline__ uint64_t* list_of(const SampleParams& p, int row, int
   return p.workspace + p.num_rows * kSampleRowWords + static_cast<int64_t>(row) * room;
 }
 
-// A largest logit and the first octet that holds it.
+// The largest logit, and the first octet that holds it.
 struct Largest {
   float value;
   int octet;
@@ -146,7 +152,7 @@ struct Largest {
 
 // ---- scan ---------------------------------------------------------------------------------------
 
-// This thread's part of a scan.
+// What one thread finds out in the scan.
 struct ThreadScan {
   Largest largest{-kInfinity, INT32_MAX};
   float parts[2] = {-kInfinity, -kInfinity};
@@ -171,7 +177,7 @@ __device__ __forceinline__ ThreadScan scan_thread(const SampleRow<T>& row, const
       largest = fmaxf(largest, x[e]);
     }
     if (largest > scan.largest.value) scan.largest = {largest, octet};
-    // The visits of a thread go to its two parts in turn.
+    // A thread's octets go alternately to its two parts.
     scan.parts[1] = fmaxf(scan.parts[1], largest);
     const float other = scan.parts[0];
     scan.parts[0] = scan.parts[1];
@@ -196,7 +202,8 @@ __global__ void __launch_bounds__(kSampleThreads, 2) sample_scan_kernel(Argument
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 
   if (!is_greedy(slot) && is_short_top_k(slot[kSlotTopK])) {
-    // `splits` lanes share their parts, so that all CTAs have 1,024 together.
+    // Each `splits` neighbouring lanes merge their parts, so that all CTAs of the row together have
+    // 1,024.
     for (int distance = 1; distance < a.splits; distance *= 2) {
       scan.parts[0] = fmaxf(scan.parts[0], __shfl_xor_sync(kFullMask, scan.parts[0], distance));
       scan.parts[1] = fmaxf(scan.parts[1], __shfl_xor_sync(kFullMask, scan.parts[1], distance));
@@ -207,7 +214,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) sample_scan_kernel(Argument
       work.parts[2 * pair + 1] = to_key(scan.parts[1]);
     }
   }
-  if (a.splits > 1 && share.split == 0) {  // draw may add a histogram of exponents to the list
+  if (a.splits > 1 && share.split == 0) {  // draw may add up a histogram of exponents in the list
 #pragma unroll 1
     for (int i = threadIdx.x; i < kMinListWords; i += kSampleThreads)
       list_of(a.p, share.row, a.room)[i] = 0;
@@ -231,7 +238,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) sample_scan_kernel(Argument
 
 // ---- draw ---------------------------------------------------------------------------------------
 
-// The row's largest logit, from all CTAs' parts; NaN where one found a NaN or +inf.
+// The row's largest logit over all of its CTAs; NaN where one of them found a NaN or +inf.
 __device__ __forceinline__ Largest merged_largest(const SampleRowWork& work, int splits) {
   const int lane = threadIdx.x % kWarpSize;
   Largest largest{-kInfinity, INT32_MAX};
@@ -251,12 +258,13 @@ __device__ __forceinline__ int greedy_token(const SampleRow<T>& row, const Large
   return largest.octet * kOctet + found;
 }
 
-// Writes the row's result; one thread.
+// Writes the row's result. One thread calls this.
 __device__ __forceinline__ void finish(const SampleParams& p, int row, int token) {
   int64_t slot_id;
   int32_t* slot = slot_of(p, row, &slot_id);
   p.sampled[row] = token;
-  // A failed row leaves a token that is in range: its next step may be queued already.
+  // A failed row leaves a token that is in range, because the row's next step may be queued
+  // already.
   slot[kSlotLastToken] = max(token, 0);
   if (token < 0 || slot[kSlotHasPenalties] == 0) return;
   int16_t& count = p.token_counts[slot_id * p.token_counts_stride + token];
@@ -289,7 +297,7 @@ __device__ __forceinline__ Draw<T> draw_of(const SampleRow<T>& row, const int32_
           .top_k = top_k};
 }
 
-// A bound that the maxima of at least top_k parts reach, and of hardly more.
+// A bound that the maxima of at least top_k parts reach, and hardly more.
 __device__ __forceinline__ float top_k_bound(const SampleRowWork& work, int top_k) {
   static_assert(kNumParts == 2 * kSampleThreads);
   return kth_bound(work.parts[threadIdx.x], work.parts[threadIdx.x + kSampleThreads], top_k);
@@ -310,7 +318,8 @@ __device__ __forceinline__ void list_largest(const Draw<T>& draw, float bound, c
          });
 }
 
-// This CTA's part of a row, into the workspace's list where the row is shared.
+// Does this CTA's share of the draw. Where several CTAs share the row, the results go to the
+// workspace.
 template <class T>
 __device__ __forceinline__ void draw_share(const Arguments& a, const Draw<T>& draw,
                                            const Share& share, DrawShared& s) {
@@ -339,7 +348,7 @@ __device__ __forceinline__ void draw_share(const Arguments& a, const Draw<T>& dr
     const int count = s.count;
     if (threadIdx.x == 0) s.token = static_cast<int>(atomicAdd(&work.num_listed, count));
     __syncthreads();
-    const int first = s.token;  // count <= vocab_size in each: the sum cannot overflow
+    const int first = s.token;  // no CTA counts more than vocab_size, so the sum cannot overflow
 #pragma unroll 1
     for (int i = threadIdx.x; i < min(count, room) && first + i < room; i += kSampleThreads) {
       list[first + i] = s.list[i];
@@ -347,7 +356,7 @@ __device__ __forceinline__ void draw_share(const Arguments& a, const Draw<T>& dr
   }
 }
 
-// The row's token, from what all its CTAs have left; one CTA.
+// The row's token, from the results of all of its CTAs. One CTA calls this.
 template <class T>
 __device__ __forceinline__ int end_row(const Arguments& a, Draw<T>& draw, int row, DrawShared& s) {
   const auto target_of = [&](uint64_t total) { return s.drawn_of(total); };
@@ -400,7 +409,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) sample_draw_kernel(Argument
   }
   SampleRowWork& work = work_of(a.p, share.row);
   const Largest largest = merged_largest(work, a.splits);
-  if (!(fabsf(largest.value) < kInfinity)) {  // a NaN, or nothing is left
+  if (!(fabsf(largest.value) < kInfinity)) {  // there is a NaN or +inf, or every token is -inf
     if (is_first) finish(a.p, share.row, -1);
     return;
   }
@@ -411,7 +420,8 @@ __global__ void __launch_bounds__(kSampleThreads, 2) sample_draw_kernel(Argument
     return;
   }
   const Draw<T> draw = draw_of(row, slot, largest.value, a.room, s);
-  if (threadIdx.x == 0) shared_draw = draw;  // end_row needs the registers
+  // In shared memory, because end_row needs the registers.
+  if (threadIdx.x == 0) shared_draw = draw;
   __syncthreads();
   if (draw.path == Path::kRadix) {
     if (share.split != 0) return;
@@ -439,7 +449,7 @@ cudaError_t launch_sample(const SampleParams& params, cudaStream_t stream) {
   const Device* device = nullptr;
   if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
   const int num_chunks = (params.vocab_size + kChunkTokens - 1) / kChunkTokens;
-  int splits = 1;  // a power of two, because scan combines the parts of so many lanes
+  int splits = 1;  // a power of two, because scan merges the parts of that many lanes
   while (splits < kMaxSplits && params.num_rows <= kMaxSplitRows &&
          params.num_rows * splits * 2 <= 2 * device->num_sms &&
          splits * 2 * kSampleWarps <= num_chunks) {

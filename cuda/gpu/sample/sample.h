@@ -1,4 +1,4 @@
-// sample on CUDA: its parameters and its scratch memory.
+// The launcher of sample, its parameters and its workspace.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -22,25 +22,25 @@ struct SampleParams {
   int64_t token_counts_stride;
   int32_t* sampled;  // [num_rows]
   int32_t num_rows, vocab_size;
-  uint64_t* workspace;  // sample_workspace_words of them, any content
+  uint64_t* workspace;  // sample_workspace_words words with any content
 };
 
-constexpr int kMaxSplits = 32;       // CTAs that share a row
+constexpr int kMaxSplits = 32;       // CTAs that may share a row
 constexpr int kNumParts = 1024;      // parts of a row whose maxima are kept
-constexpr int kMaxSplitRows = 128;   // with more rows each has one CTA
-constexpr int kMinListWords = 2248;  // two bins of a histogram of exponents each
-constexpr int kMaxListWords = 4096;  // candidates, or sums of 256 tokens
+constexpr int kMaxSplitRows = 128;   // with more rows, each row has one CTA
+constexpr int kMinListWords = 2248;  // a histogram of exponents, two bins per word
+constexpr int kMaxListWords = 4096;  // candidates, or sums by chunk of 256 tokens
 
-// What the CTAs of a row tell each other, in the workspace.
+// What the CTAs of a row tell each other through the workspace.
 struct SampleRowWork {
   struct {
-    float largest;  // of this CTA's adjusted logits; NaN where one is NaN or +inf
-    int32_t octet;  // the first that holds it
+    float largest;  // largest adjusted logit of the CTA; NaN where one is NaN or +inf
+    int32_t octet;  // the first octet that holds it
   } partial[kMaxSplits];
-  uint32_t num_arrived;  // CTAs that are through with the row
+  uint32_t num_arrived;  // CTAs that have finished their share
   uint32_t num_listed;
-  uint64_t mass;  // sum of the weights, where top-p alone is asked for
-  uint32_t parts[kNumParts];  // ordered keys of the parts' maxima
+  uint64_t mass;  // sum of the weights, for top-p without top-k
+  uint32_t parts[kNumParts];  // keys of the maxima of the parts
 };
 constexpr int64_t kSampleRowWords = sizeof(SampleRowWork) / sizeof(uint64_t);
 
@@ -48,8 +48,8 @@ constexpr int64_t sample_list_words(int64_t vocab_size) {
   return std::min<int64_t>(std::max<int64_t>(vocab_size, kMinListWords), kMaxListWords);
 }
 
-// 64-bit words: a SampleRowWork a row, then a list a row where rows are shared. The Python twin is
-// pyserve/ops/sample_workspace.py.
+// The workspace in 64-bit words: a SampleRowWork for each row, then a list for each row where rows
+// may be shared. The Python twin is pyserve/ops/sample_workspace.py.
 constexpr int64_t sample_workspace_words(int64_t num_rows, int64_t vocab_size) {
   return num_rows * kSampleRowWords +
          std::min<int64_t>(num_rows, kMaxSplitRows) * sample_list_words(vocab_size);

@@ -1,6 +1,6 @@
-// Selection within a row by one CTA: weights under top-k, min-p and top-p thresholds, the passes
-// that find these thresholds, the draw. A threshold is a value and, among tokens that equal it, the
-// last id that is kept.
+// Selection within a row by one CTA: weights under the thresholds of top-k, min-p and top-p, the
+// passes that find these thresholds, and the draw. A threshold consists of a value and, among the
+// tokens that equal it, the last id that is kept.
 #pragma once
 
 #include "common/limits.h"
@@ -9,13 +9,14 @@
 
 namespace pyserve::gpu {
 
-// A weight's "offset" is its bits less those of 1.0f.
+// A weight's offset is its bits as a float minus those of 1.0f. Offsets have the order of the
+// weights.
 constexpr uint32_t kWeightOne = 0x3f800000;
-constexpr int kCoarseShift = 18;             // offsets by their upper bits: 32 bins an octave
-constexpr int kCoarseBins = 34 * 32 + 1;     // up to 2^34
-constexpr int kLevelBins = 2048;             // of any histogram
+constexpr int kCoarseShift = 18;             // the upper bits of an offset: 32 bins per octave
+constexpr int kCoarseBins = 34 * 32 + 1;     // weights go up to 2^34
+constexpr int kLevelBins = 2048;             // bins of any histogram
 constexpr int kIdBits = 19;
-constexpr int kWeightBits = 35;  // of a weight as an integer
+constexpr int kWeightBits = 35;  // bits of a weight as an integer
 constexpr uint32_t kLastId = (1u << kIdBits) - 1;
 static_assert(kCoarseBins <= kMinListWords && kCoarseBins <= kLevelBins);
 static_assert(kMaxVocabSize == int64_t{kLastId} + 1);
@@ -25,23 +26,25 @@ struct DrawShared {
   Adjustments adjustments;
   BlockShared block;
   uint64_t random;
-  uint64_t left;  // what a selection still wants below the items it has found; one thread writes
-  int room;       // words of the list that are used
+  uint64_t left;  // what a selection still wants below the items it has found; one thread writes it
+  int room;       // words of the list that may be used
   float top_p;
   int count;
   int token;
   int32_t is_last;
 
-  // Where the running sum of weights must pass for the draw.
+  // The target that the running sum of weights must pass for the draw.
   __device__ uint64_t drawn_of(uint64_t total) const { return __umul64hi(random, total); }
 
-  // A mass histogram: 32-bit halves in the first half of the list, their sums in the second.
+  // A histogram of masses: the low and the high halves of its sums lie in the first half of the
+  // list, the 64-bit sums in the second.
   __device__ uint32_t* low() { return reinterpret_cast<uint32_t*>(list); }
   __device__ uint32_t* high() { return low() + kLevelBins; }
   __device__ uint64_t* masses() { return list + kLevelBins; }
 };
 
-// First by weight, or key, downwards, then by id upwards.
+// A token's rank: a number that sorts tokens by their bits (of a weight, or a key), largest first
+// when sorted downwards, and among equal bits by the lowest id first.
 __device__ __forceinline__ uint64_t rank_of(uint32_t bits, int id) {
   return uint64_t{bits} << 32 | (kLastId - static_cast<uint32_t>(id));
 }
@@ -52,7 +55,7 @@ __device__ __forceinline__ uint32_t bits_of(uint64_t rank) {
   return static_cast<uint32_t>(rank >> 32);
 }
 
-// Offset of a weight, negative for 0.
+// The offset of a weight; negative for a weight of 0.
 __device__ __forceinline__ int offset_of(float weight) {
   return static_cast<int>(__float_as_uint(weight) - kWeightOne);
 }
@@ -60,8 +63,8 @@ __device__ __forceinline__ float from_offset(int offset) {
   return __uint_as_float(static_cast<uint32_t>(offset) + kWeightOne);
 }
 
-// The mass that top_p asks for, at least 1. In the order of falling weights a token is kept while
-// the mass in front of it is less than this.
+// The mass that top_p asks for, at least 1. Going through the tokens in the order of falling
+// weights, a token is kept while the mass in front of it is less than this.
 __device__ __forceinline__ uint64_t wanted_mass(float top_p, uint64_t total) {
   return static_cast<uint64_t>(
       ceil(__dmul_rn(static_cast<double>(top_p), static_cast<double>(total))));
@@ -69,38 +72,40 @@ __device__ __forceinline__ uint64_t wanted_mass(float top_p, uint64_t total) {
 
 enum class Measure { kWeight, kEqualKey, kEqualWeight };
 
-// How much each token counts in a sum.
+// How much each token counts in a sum: its weight if the thresholds keep it, or 1 if its key or
+// weight equals a threshold.
 struct Weigher {
   float largest, factor, min_weight;
   uint32_t key_floor;
   int last_key_id;
   float weight_floor;
   int last_weight_id;
-  float least, most;  // exponents outside may be taken to weigh 0
+  float least, most;  // tokens with exponents outside may be taken to weigh 0
   Measure measure;
 
-  static constexpr float kLeastExponent = -24.3f;  // below all weights are 0
+  static constexpr float kLeastExponent = -24.3f;  // below this all weights are 0
 
-  // Filtered by min-p only.
+  // With min-p as the only threshold.
   static __device__ __forceinline__ Weigher make(float largest, float factor, float min_weight) {
     return {largest, factor,    min_weight, 0,    INT32_MAX,
             0.0f,    INT32_MAX, kLeastExponent, 0.0f, Measure::kWeight};
   }
 
-  // Undoes limit.
+  // Undoes limit().
   __device__ __forceinline__ void unlimit() {
     least = kLeastExponent;
     most = 0.0f;
   }
 
-  // Leaves weights whose offsets lie outside of [first, last] undecided: some may count as 0.
+  // From now on only weights with offsets in [first, last] need be right; others may count as 0,
+  // which saves their exponentials.
   __device__ __forceinline__ void limit(int first, int last) {
     constexpr float kMargin = 1e-3f;  // far more than logf and quantized_exp can be off
     least = fmaxf(logf((from_offset(first) - 0.5f) * 0x1p-34f) - kMargin, kLeastExponent);
     most = fminf(logf((from_offset(last) + 0.5f) * 0x1p-34f) + kMargin, 0.0f);
   }
 
-  // Weights filtered by min-p only; false where all are 0.
+  // The weights of an octet with min-p as the only threshold. Returns false where all are 0.
   __device__ __forceinline__ bool weigh(const float (&x)[kOctet], float (&out)[kOctet]) const {
     float highest = -kInfinity;
 #pragma unroll
@@ -157,7 +162,7 @@ struct Weigher {
   }
 };
 
-// What `weigher` measures in chunks [first, last), to sums[chunk].
+// Writes to sums[chunk] what `weigher` measures in each of the chunks [first, last).
 template <class T>
 __device__ __forceinline__ void sum_chunks(const SampleRow<T>& row, int first, int last,
                                            const Weigher& weigher, uint64_t* sums) {
@@ -172,8 +177,8 @@ __device__ __forceinline__ void sum_chunks(const SampleRow<T>& row, int first, i
   });
 }
 
-// The token at which the running sum of what `weigher` measures, which is sum_of(chunk) in each
-// chunk, exceeds target_of(total).
+// The token at which the running sum of what `weigher` measures exceeds target_of(total);
+// sum_of(chunk) is that sum over each chunk.
 template <class T, class SumOf, class TargetOf>
 __device__ __forceinline__ int locate(const SampleRow<T>& row, const Weigher& weigher,
                                       DrawShared& s, const SumOf& sum_of,
@@ -218,7 +223,8 @@ __device__ __forceinline__ int sum_and_locate(const SampleRow<T>& row, const Wei
   return locate(row, weigher, s, [&](int i) { return s.list[i]; }, target_of);
 }
 
-// Adds up weights by (offset >> shift) % kLevelBins where offset >> shift + bits is `prefix`.
+// Sums the weights in bins (offset >> shift) % 2^bits, for those with offset >> (shift + bits)
+// equal to `prefix`.
 template <class T>
 __device__ __forceinline__ void mass_histogram(const SampleRow<T>& row, int first, int last,
                                                const Weigher& weigher, int shift, int bits,
@@ -237,7 +243,8 @@ __device__ __forceinline__ void mass_histogram(const SampleRow<T>& row, int firs
   row.visit(first, last, [&](int, int octet, const float(&x)[kOctet]) {
     float weights[kOctet];
     weigher(octet, x, weights);
-    // Equal logits all have one bin: 256 of them are added as one, not one after another.
+    // Equal logits all fall into one bin, so a warp's 256 are then added at once and not one after
+    // another.
     const int level = __shfl_sync(kFullMask, offset_of(weights[0]) >> shift, 0);
     bool is_level = true;
     WeightSum sum;
@@ -267,7 +274,7 @@ __device__ __forceinline__ void mass_histogram(const SampleRow<T>& row, int firs
   __syncthreads();
 }
 
-// The bin, largest first, in which the running mass exceeds target_of(total).
+// The bin, counted from the largest, in which the running mass exceeds target_of(total).
 template <class TargetOf>
 __device__ __forceinline__ Crossing find_bin(int num_bins, DrawShared& s,
                                              const TargetOf& target_of) {
@@ -277,8 +284,8 @@ __device__ __forceinline__ Crossing find_bin(int num_bins, DrawShared& s,
   return found;
 }
 
-// Appends rank_of(bits, id) for each token that rank_bits(x or weight) gives bits for (0: none), to
-// the list in shared memory; s.count is how many there are, listed or not.
+// Appends rank_of(bits, id) to the list in shared memory for each token to which bits_of_octet
+// gives bits other than 0. s.count becomes their number, whether or not they fit the list.
 template <class T, class BitsOf>
 __device__ __forceinline__ void gather(const SampleRow<T>& row, int first, int last, DrawShared& s,
                                        const BitsOf& bits_of_octet) {
@@ -299,7 +306,8 @@ __device__ __forceinline__ void gather(const SampleRow<T>& row, int first, int l
   __syncthreads();
 }
 
-// The draw from the first n ranks (by weight) of the list, by inverse CDF in order of ids.
+// Draws from the first n entries of the list, which are ranks by weight, by inverting the CDF in
+// the order of ids.
 __device__ __forceinline__ int draw_from_list(int n, DrawShared& s) {
   constexpr uint64_t kWeightMask = (uint64_t{1} << kWeightBits) - 1;
   __syncthreads();
@@ -316,8 +324,8 @@ __device__ __forceinline__ int draw_from_list(int n, DrawShared& s) {
   return static_cast<int>(kLastId - static_cast<uint32_t>(s.list[drawn.item] >> kWeightBits));
 }
 
-// The last item that is kept of a list of ranks by weight: the first at which the running mass
-// exceeds `target`.
+// In a list of ranks by weight: the first item at which the running mass exceeds `target`, which is
+// the last item that is kept.
 template <class TargetOf>
 __device__ __forceinline__ Crossing find_in_list(int n, DrawShared& s, const TargetOf& target_of) {
   return find_crossing(
@@ -325,12 +333,12 @@ __device__ __forceinline__ Crossing find_in_list(int n, DrawShared& s, const Tar
       target_of);
 }
 
-// ---- radix selection: any row, any k, no list
-// ------------------------------------------------------
+// ---- radix selection: any row, any k, no list -----------------------------------------------
 
-// The weigher lies in shared memory here: all threads write the same to it, between barriers.
+// In these functions the weigher lies in shared memory. All threads write the same values to it,
+// between barriers.
 
-// Sets the weigher's key threshold to the k-th largest key, ties by id.
+// Sets the weigher's key threshold to the k-th largest key, with ties broken by id.
 template <class T>
 __device__ __forceinline__ void select_key(const SampleRow<T>& row, int top_k, Weigher& weigher,
                                            DrawShared& s) {
@@ -366,7 +374,7 @@ __device__ __forceinline__ void select_key(const SampleRow<T>& row, int top_k, W
   weigher.measure = Measure::kWeight;
 }
 
-// Sets the weigher's weight threshold to what top_p keeps.
+// Sets the weigher's weight threshold to the last weight that top_p keeps.
 template <class T>
 __device__ __forceinline__ void select_weight(const SampleRow<T>& row, float top_p,
                                               Weigher& weigher, DrawShared& s) {
