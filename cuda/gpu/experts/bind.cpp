@@ -1,5 +1,5 @@
-// The CUDA side of route, grouped_linear, grouped_linear_silu_mul and combine_experts: arguments are
-// checked and handed to the kernels of this folder.
+// The CUDA side of route, grouped_linear, grouped_linear_silu_mul and combine_experts: checks the
+// arguments and calls the launchers of this folder.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kVec = 8;  // elements in 16 bytes, which the kernels read at a time
 constexpr int64_t kMaxInt = int64_t{1} << 30;
 
-// Rows that are read 16 bytes at a time.
+// Rows that a kernel reads 16 bytes at a time.
 void check_vectors(const View& view) {
   bool is_aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
   for (int64_t i = 0; i + 1 < view.dim; ++i) is_aligned &= view.stride(i) % kVec == 0;

@@ -1,4 +1,5 @@
-// The CUDA side of grouped_linear_fp8: arguments are checked and handed to grouped_few_rows_fp8.cu.
+// The CUDA side of grouped_linear_fp8: checks the arguments and calls the launcher of
+// grouped_few_rows_fp8.cu.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>

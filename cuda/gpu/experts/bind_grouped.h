@@ -1,4 +1,4 @@
-// What the ops of grouped products hand to their kernels alike.
+// The parameters that all grouped products share, from an op's checked arguments.
 #pragma once
 
 #include <algorithm>
@@ -9,9 +9,9 @@
 
 namespace pyserve {
 
-// All but the weight and its strides. Room for x in order goes along where the op was given any.
+// Everything except the weight and its strides. sorted_x is passed on if the op was given one.
 inline gpu::GroupedParams grouped_params(const GroupedArgs& args, Epilogue epilogue) {
-  const bool has_room = args.sorted_x.sizes != nullptr;  // it was read
+  const bool has_room = args.sorted_x.sizes != nullptr;  // whether sorted_x has been read
   return {.x = args.x.data,
           .x_stride = args.x.stride(0),
           .order = args.order,

@@ -1,4 +1,4 @@
-// The CUDA side of grouped_linear_w4a16: arguments are checked and handed to
+// The CUDA side of grouped_linear_w4a16: checks the arguments and calls the launcher of
 // grouped_few_rows_w4a16.cu.
 #include <torch/csrc/stable/library.h>
 

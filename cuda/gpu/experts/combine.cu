@@ -1,7 +1,9 @@
-// combine_experts on CUDA: out[t] (+)= sum over j of weights[t, j] * rows[places[t, j]], then the
-// shared expert's row. One pass over memory, 8 columns a thread; added in the order of j in float32,
-// rounded once.
-// Floor: (top_k + 2 or 3) * n * 2 bytes a token.
+// combine_experts: out[t] = sum over j of weights[t, j] * rows[places[t, j]], plus the shared
+// expert's row, plus out[t] itself if is_adding. rows [num_tokens * top_k, n] and out [num_tokens,
+// n] are bfloat16 or float16, weights float32. One pass over memory with 8 columns per thread and
+// one grid row per token.
+// Numerics: added in float32 in the order of j, rounded once.
+// Bound by bytes: (top_k + 2 or 3) * n * 2 per token.
 #include <algorithm>
 
 #include "gpu/core/launch.cuh"
@@ -54,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(CombineParams p) {
 }  // namespace
 
 cudaError_t launch_combine_experts(const CombineParams& p, cudaStream_t stream) {
-  constexpr int kMaxRows = 65535;  // of a grid
+  constexpr int kMaxRows = 65535;  // limit of a grid's second dim
   const unsigned columns = static_cast<unsigned>((p.n / kVec + kThreads - 1) / kThreads);
   return dispatch_half(p.dtype, [&]<class T>(T) {
     cudaError_t error = cudaSuccess;

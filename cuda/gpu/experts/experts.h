@@ -1,5 +1,6 @@
-// The ops of a mixture of experts on CUDA: which experts tokens go to, products of the tokens'
-// rows by their experts' matrices, and the sum of what those made. See pyserve/ops/experts.py.
+// The ops of a mixture of experts on CUDA: which experts each token goes to, the products of the
+// tokens' rows and their experts' matrices, and the weighted sum of the results. See
+// pyserve/ops/experts.py.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -21,7 +22,7 @@ struct RouteParams {
   const void* router;  // [num_experts + has_gate, hidden]
   int64_t router_stride;
   const float* correction_bias;  // [num_experts] or null
-  const int64_t* slot_mapping;   // [num_tokens], -1 of padding
+  const int64_t* slot_mapping;   // [num_tokens], -1 for padding
   float* logits;                 // [num_tokens, num_experts + has_gate]
   int64_t logits_stride;
   float* weights;  // [num_tokens, top_k + has_gate]
@@ -38,11 +39,11 @@ struct RouteParams {
   Dtype dtype;
 };
 
-// hidden is a multiple of 8, x and router are aligned to 16 bytes.
+// hidden is a multiple of 8; x and router are aligned to 16 bytes.
 cudaError_t launch_route(const RouteParams& params, cudaStream_t stream);
 
-// Rows of x, those of expert e from offsets[e] to offsets[e + 1], each by weight[e]. With `order` a
-// row of x is order[row] / top_k.
+// A grouped product: rows offsets[e] .. offsets[e + 1] - 1 belong to expert e and are multiplied by
+// weight[e]. Row r is row r of x, or with `order` row order[r] / top_k of x.
 struct GroupedParams {
   const void* x;
   int64_t x_stride;
@@ -51,31 +52,32 @@ struct GroupedParams {
   const void* weight;  // [num_experts, rows_per_column * n, k]
   int64_t expert_stride, weight_stride;
   const int32_t* offsets;  // [num_experts + 1]
-  void* sorted_x;          // [max_rows, k], room for x in order; null without order
+  void* sorted_x;          // [max_rows, k], room for the sorted rows of x; null without order
   int64_t sorted_x_stride;
   void* out;  // [max_rows, n]
   int64_t out_stride;
-  int max_group;  // no expert has more rows
+  int max_group;  // upper bound on the rows of any one expert
   int max_rows, num_experts, n, k;
   Dtype dtype;
   Epilogue epilogue;  // kStore or kSiluMul
 
   int weight_rows() const { return static_cast<int>(rows_per_column(epilogue)) * n; }
-  // Of an expert, on average.
+  // The rows of an expert on average.
   int mean_rows() const { return max_rows / num_experts; }
 };
 
 // k and n are multiples of 8; x, weight and out are aligned to 16 bytes.
 cudaError_t launch_grouped(const GroupedParams& params, cudaStream_t stream);
 
-// grouped.cu: where there is an order, rows of x by it -> sorted_x, which becomes x. The rows of both
-// are whole vectors of 16 bytes, aligned to them.
+// grouped.cu: if there is an order, copies the rows of x in that order to sorted_x, which then
+// takes the place of x. The rows of both are whole vectors of 16 bytes, aligned to 16 bytes.
 cudaError_t launch_sort_rows(GroupedParams& params, cudaStream_t stream);
 
-// grouped_few_rows.cu: a pass over an expert's matrix for each 8 rows that it has, on Hopper 32.
+// grouped_few_rows.cu: one pass over an expert's matrix for each 8 of its rows, on Hopper for each
+// 32.
 cudaError_t launch_grouped_few_rows(const GroupedParams& params, cudaStream_t stream);
 
-// grouped_few_rows_sm90a.cu: where an expert may have more than 8.
+// grouped_few_rows_sm90a.cu: for where an expert may have more than 8 rows.
 cudaError_t launch_grouped_few_rows_sm90a(const GroupedParams& params, const Device& device,
                                           cudaStream_t stream);
 

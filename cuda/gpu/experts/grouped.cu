@@ -1,5 +1,5 @@
-// Which kernel takes a grouped linear, and rows of x in the order of the experts for those that need
-// them so.
+// Chooses the kernel for a grouped linear, and copies rows of x into the order of the experts for
+// the kernels that need them sorted.
 #include "gpu/core/launch.cuh"
 #include "gpu/core/vec.cuh"
 #include "gpu/experts/experts.h"
@@ -8,10 +8,11 @@ namespace pyserve::gpu {
 namespace {
 
 constexpr int kGatherThreads = 128;
-// Rows of an expert up to which its matrix is read once, as they are one block of the kernel for few.
+// Up to this many rows of an expert, the kernel for few rows takes them as one block and reads the
+// expert's matrix once.
 constexpr int kFewRows = 32;
 
-// A CTA a row: 16 bytes a thread at a time.
+// Copies one row per CTA, 16 bytes per thread at a time.
 template <class T>
 __global__ void __launch_bounds__(kGatherThreads) gather_kernel(GroupedParams p) {
   pdl_launch_dependents();

@@ -1,6 +1,7 @@
-// grouped_few_rows.cuh cut for every card: blocks of up to 8 rows of an expert. An expert with more
-// has several, of which the first brings its weight to L2. On Hopper, where one may have more than
-// 8, blocks are of up to 32 rows (grouped_few_rows_sm90a.cu).
+// The tile sizes of grouped_few_rows.cuh for all devices: blocks of up to 8 rows of an expert. An
+// expert with more rows has several blocks; the first one brings the weight into L2 for the others.
+// On Hopper, where an expert may have more than 8 rows, blocks are of up to 32
+// (grouped_few_rows_sm90a.cu).
 #include "gpu/experts/grouped_few_rows.cuh"
 
 namespace pyserve::gpu {
@@ -9,7 +10,7 @@ namespace {
 template <class T, Epilogue kEpilogue, int kTokens>
 cudaError_t launch_tokens(const GroupedParams& p, const Device& device, cudaStream_t stream) {
   using Deep = Tiling<1, kTokens == 1 ? 10 : kTokens == 4 ? 9 : 8, kTokens>;
-  using Small = Tiling<1, 3, kTokens>;  // what fits 99 KB: GDDR needs far less in flight
+  using Small = Tiling<1, 3, kTokens>;  // fits 99 KB; GDDR memory needs far fewer bytes in flight
   static_assert(Deep::kSmem + sizeof(WorkList) <= 226 * 1024 &&
                 Small::kSmem + sizeof(WorkList) <= 98 * 1024);
   if (device.smem_per_block >= 227 * 1024) {

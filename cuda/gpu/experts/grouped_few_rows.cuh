@@ -1,14 +1,15 @@
-// grouped_linear and grouped_linear_silu_mul for few rows of each expert: the work is to stream the
-// matrices of the experts that have rows, once. It is few_rows.cuh's way of one matrix, with its
-// ring, its products and its order of sums, for items that are an expert, up to kTokens of its rows
-// and a group of 16 or 32 of its weight rows.
+// grouped_linear and grouped_linear_silu_mul for few rows per expert, in bfloat16 or float16: x
+// [rows, k], one matrix [rows_per_column * n, k] per expert, out [rows, n]. The work is to stream
+// the matrices of the experts that have rows, once. It is done as in few_rows.cuh for one matrix,
+// with the same ring, products and order of sums. Here a CTA works through items; an item is an
+// expert, a block of up to kTokens of its rows, and a group of 16 or 32 rows of its weight.
 //
-// Items are dealt to the CTAs, as many as SMs, one by one; the blocks of rows of one expert stand
-// side by side, so that its weight is in L2 for all but the first. The kernel in front says which
-// experts those are: nothing can be fetched before it has ended.
+// There is one CTA per SM, and items are dealt to the CTAs in turn. The blocks of rows that use the
+// same weight rows are neighbours in this order, so only the first block reads them from memory and
+// the others find them in L2. Which experts have rows is known only when the kernel in front has
+// ended, so nothing can be loaded before that.
 //
-// Numerics: as few_rows.cuh, so that a row's result is that of linear, whatever other rows its
-// expert has.
+// Numerics: as few_rows.cuh. A row's result is that of linear, whatever other rows its expert has.
 // Floor: rows_per_column * n * k * 2 bytes for each expert that has rows.
 #pragma once
 
@@ -18,10 +19,10 @@
 
 namespace pyserve::gpu {
 
-// An item as it lies in memory.
+// Where an item lies: its expert, its first column of out, and its rows.
 struct GroupedItem {
   int expert, column;
-  int row, num_rows;  // of x in order, and of out
+  int row, num_rows;  // row counts sorted rows of x, which are the rows of out
 
   template <class Rows, class Tile>
   __device__ static GroupedItem at(const WorkList& list, const WorkPlace& place) {
@@ -38,19 +39,19 @@ struct GroupedItem {
   }
 };
 
-// Adds up the warps' sums of an item and stores what the epilogue makes of them; all threads call it,
-// each with a place of its own, first_result.
+// Adds up the warps' sums of an item, applies the epilogue and stores the results. All threads call
+// this; first_result, different for each, is the index of the thread's first result.
 template <class T, Epilogue kEpilogue, class Tile>
 __device__ __forceinline__ void finish_item(const GroupedParams& p, const GroupedItem& at,
                                             const Sums<Tile>& sums, float* all_sums, int& buffer,
                                             int first_result) {
   using Rows = RowTile<kEpilogue, Tile::kRows>;
   constexpr int kPassResults = Tile::kPassTokens * Rows::kColumns;
-  constexpr int kResults = (kPassResults + Tile::kThreads - 1) / Tile::kThreads;  // of a thread
+  constexpr int kResults = (kPassResults + Tile::kThreads - 1) / Tile::kThreads;  // per thread
   const int warp = threadIdx.x / kWarpSize;
 #pragma unroll
   for (int pass = 0; pass < Tile::kPasses; ++pass) {
-    if (Tile::kBuffers == 1) __syncthreads();  // all have read what was there
+    if (Tile::kBuffers == 1) __syncthreads();  // all threads have read the earlier sums
     float* group_sums = all_sums + buffer * Tile::kSumFloats;
     put_sums<Tile>(group_sums + warp * Tile::kPassTokens * Tile::kSumStride, pass, at.num_rows,
                    sums);
@@ -72,7 +73,7 @@ __device__ __forceinline__ void finish_item(const GroupedParams& p, const Groupe
   }
 }
 
-// k > 0 and a multiple of 8, rows aligned to 16 bytes.
+// k > 0 and a multiple of 8; rows are aligned to 16 bytes.
 template <class T, Epilogue kEpilogue, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1) grouped_few_rows_kernel(GroupedParams p) {
   using Rows = RowTile<kEpilogue, Tile::kRows>;
@@ -98,14 +99,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) grouped_few_rows_kernel(Gro
   }
   __syncthreads();
 
-  struct Piece {  // of the CTA's work: an item, and a place in k
+  struct Piece {  // of the CTA's work: an item and a position in k
     WorkPlace place;
     bool is_there;
     int k;
-    int num_rows;  // of weight, from the lane's first row on: of one half of the tile
+    int num_rows;  // weight rows of one half of the tile, counted from the lane's first
     int num_tokens;
     const uint16_t* weight;
-    int tokens[kLaneTokens];  // rows of x that this lane copies
+    int tokens[kLaneTokens];  // the rows of x that this lane copies
   };
   const auto go_to = [&](Piece& piece, int item) {
     piece.place.item = item;
@@ -123,7 +124,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) grouped_few_rows_kernel(Gro
       piece.tokens[i] = p.order == nullptr ? row : p.order[row] / p.top_k;
     }
   };
-  // Starts to copy a piece, if there is one, and goes on to the next.
+  // Starts to copy a piece, if there is one left, and moves on to the next. It always commits a
+  // group of copies, so that waits can count groups.
   const auto fetch = [&](Piece& piece, int stage) {
     if (piece.is_there) {
       const uint32_t to = lane_to + stage * Tile::kStageBytes;
@@ -138,7 +140,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) grouped_few_rows_kernel(Gro
 #pragma unroll
       for (int i = 0; i < kLaneTokens; ++i) {
         const int row = i * Tile::kLaneRows;
-        const uint32_t place =  // chunk_offset of the lane's row of x
+        const uint32_t place =  // the chunk_offset of the lane's row of x
             ((to + Tile::kRows * Tile::kRowBytes) ^ (row & 4) * 16) + row * Tile::kRowBytes;
         const uint16_t* token = x + p.x_stride * piece.tokens[i] + lane_k + piece.k;
         if (lane_row + row < piece.num_tokens) cp_async_16(place, is_in_k ? token : x, is_in_k);
@@ -162,20 +164,21 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) grouped_few_rows_kernel(Gro
 #pragma unroll 1
     for (int k0 = 0; k0 < k; k0 += kStepDepth) {
       cp_async_wait<Tile::kStages - 2>();
-      __syncwarp();  // all lanes' copies have landed, all have read the stage that is refilled now
+      // All lanes' copies have landed, and all lanes have read the stage that is refilled now.
+      __syncwarp();
       fetch(next, stage == 0 ? Tile::kStages - 1 : stage - 1);
       multiply_stage<T, Tile>(ring + stage * Tile::kStageBytes, sums);
       stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
     }
     finish_item<T, kEpilogue, Tile>(p, at, sums, all_sums, buffer, first_result);
-    // Of a few results, other warps have them in every item: what a warp does there delays its
-    // copies.
+    // With few results per item, they go to other warps each time: a warp that stores results
+    // starts its next copies later.
     first_result = (first_result + kWarpSize) % Tile::kThreads;
   }
   cp_async_wait<0>();
 }
 
-// One CTA an SM.
+// One CTA per SM.
 template <class T, Epilogue kEpilogue, class Tile>
 cudaError_t launch_grouped_tiled(const GroupedParams& p, int num_sms, cudaStream_t stream) {
   constexpr auto kKernel = grouped_few_rows_kernel<T, kEpilogue, Tile>;

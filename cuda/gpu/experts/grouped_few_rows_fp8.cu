@@ -1,5 +1,6 @@
-// grouped_few_rows_fp8.cuh cut for every card: blocks of up to 8 rows of an expert. An expert with more
-// has several, of which the first brings its weight to L2.
+// The tile sizes of grouped_few_rows_fp8.cuh for all devices: blocks of up to 8 rows of an expert.
+// An expert with more rows has several blocks; the first one brings the weight into L2 for the
+// others.
 #include "gpu/experts/grouped_few_rows_fp8.cuh"
 
 #include "gpu/experts/grouped_fp8.h"
@@ -11,7 +12,8 @@ template <class T, Epilogue kEpilogue, int kTokens>
 cudaError_t launch_tokens(const GroupedParams& p, const Fp8Scale& scale, int64_t scale_stride,
                           const Device& device, cudaStream_t stream) {
   using Deep = Fp8Tiling<2, kTokens == 4 ? 5 : 4, kTokens>;
-  using Small = Fp8Tiling<1, kTokens == 4 ? 3 : 2, kTokens>;  // GDDR needs far less in flight
+  // GDDR memory needs far fewer bytes in flight.
+  using Small = Fp8Tiling<1, kTokens == 4 ? 3 : 2, kTokens>;
   static_assert(Deep::kSmem + sizeof(WorkList) <= 232448 &&
                 Small::kSmem + sizeof(WorkList) <= 98 * 1024);
   if (device.smem_per_block >= 227 * 1024) {

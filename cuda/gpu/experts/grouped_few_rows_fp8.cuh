@@ -1,5 +1,5 @@
-// grouped_few_rows.cuh's work by matrices of 8-bit floats: items of its kind, whose weight rows and
-// products are those of few_rows_fp8.cuh, so that a row's result is that of linear_fp8.
+// grouped_few_rows.cuh with matrices of e4m3. The items are the same; copies of weight rows and
+// products are those of few_rows_fp8.cuh, so a row's result is that of linear_fp8.
 // Floor: rows_per_column * n * k bytes for each expert that has rows.
 #pragma once
 
@@ -10,8 +10,8 @@
 
 namespace pyserve::gpu {
 
-// As grouped_few_rows_kernel; k is a multiple of 16, strides of weight are in bytes. Scales of the
-// experts lie scale_stride apart.
+// As grouped_few_rows_kernel, with k a multiple of 16 and the weight's strides in bytes. The scales
+// of neighbouring experts lie scale_stride apart.
 template <class T, Epilogue kEpilogue, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     grouped_fp8_kernel(GroupedParams p, Fp8Scale scale, int64_t scale_stride) {
@@ -41,11 +41,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     return {static_cast<const unsigned char*>(p.weight) + p.expert_stride * expert,
             p.weight_stride, of_expert, n, k};
   };
-  struct Piece {  // of the CTA's work: an item, and a place in k
+  struct Piece {  // of the CTA's work: an item and a position in k
     WorkPlace place;
     bool is_there;
     int k, expert, column, num_tokens;
-    int tokens[kLaneTokens];  // rows of x that this lane copies
+    int tokens[kLaneTokens];  // the rows of x that this lane copies
   };
   const auto go_to = [&](Piece& piece, int item) {
     piece.place.item = item;
@@ -77,7 +77,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
     }
   };
-  // Starts to copy a piece, if there is one, and goes on to the next.
+  // Starts to copy a piece, if there is one left, and moves on to the next. It always commits a
+  // group of copies, so that waits can count groups.
   const auto fetch = [&](Piece& piece, int stage) {
     if (piece.is_there) {
       const uint32_t to = ring + stage * Tile::kStageBytes;
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetch(next, stage);
 
   constexpr int kPassResults = Tile::kPassTokens * Rows::kColumns;
-  constexpr int kResults = (kPassResults + Tile::kThreads - 1) / Tile::kThreads;  // of a thread
+  constexpr int kResults = (kPassResults + Tile::kThreads - 1) / Tile::kThreads;  // per thread
   int stage = 0, buffer = 0, first_result = threadIdx.x;
   WorkPlace place(static_cast<int>(blockIdx.x));
   for (; place.is_there(list); place.item += static_cast<int>(gridDim.x)) {
@@ -107,7 +108,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll 1
     for (int k0 = 0; k0 < k; k0 += kStepDepth) {
       cp_async_wait<Tile::kStages - 2>();
-      __syncwarp();  // all lanes' copies have landed, all have read the stage that is refilled now
+      // All lanes' copies have landed, and all lanes have read the stage that is refilled now.
+      __syncwarp();
       fetch(next, stage == 0 ? Tile::kStages - 1 : stage - 1);
       Fp8Scales<Tile> of_stage;
 #pragma unroll
@@ -137,12 +139,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           from_float<T>(finish<kEpilogue>(sum_of(row), other));
     }
     buffer = (buffer + 1) % Tile::kBuffers;
-    first_result = (first_result + kWarpSize) % Tile::kThreads;  // other warps have them each time
+    // Results go to other warps each time.
+    first_result = (first_result + kWarpSize) % Tile::kThreads;
   }
   cp_async_wait<0>();
 }
 
-// One CTA an SM.
+// One CTA per SM.
 template <class T, Epilogue kEpilogue, class Tile>
 cudaError_t launch_grouped_fp8_tiled(const GroupedParams& p, const Fp8Scale& scale,
                                      int64_t scale_stride, int num_sms, cudaStream_t stream) {

@@ -1,5 +1,5 @@
-// grouped_few_rows.cuh cut for the shared memory of Hopper: blocks of up to 16 or 32 rows of an
-// expert, as few_rows_sm90a.cu.
+// The tile sizes of grouped_few_rows.cuh for Hopper's shared memory: blocks of up to 16 or 32 rows
+// of an expert, as in few_rows_sm90a.cu.
 #include "gpu/experts/grouped_few_rows.cuh"
 
 namespace pyserve::gpu {

@@ -1,6 +1,6 @@
-// Which kernel takes a grouped linear of 4-bit integers; and grouped_few_rows_w4a16.cuh cut for every
-// card: blocks of up to 8 rows of an expert. An expert with more has several, of which the first
-// brings its weight to L2.
+// Chooses the kernel for a grouped linear of 4-bit integers, and has the tile sizes of
+// grouped_few_rows_w4a16.cuh for all devices: blocks of up to 8 rows of an expert. An expert with
+// more rows has several blocks; the first one brings the weight into L2 for the others.
 #include "gpu/experts/grouped_few_rows_w4a16.cuh"
 
 #include "gpu/experts/grouped_w4a16.h"
@@ -9,9 +9,10 @@ namespace pyserve::gpu {
 namespace {
 
 template <int kGroupSize>
-using Small = W4Tiling<kGroupSize, 1, 2, 99>;  // GDDR needs far less in flight than HBM
-// On Hopper rows of an expert, on average, from which on one pass over it by the kernel for many is
-// faster than passes of 16 rows.
+// GDDR memory needs far fewer bytes in flight than HBM.
+using Small = W4Tiling<kGroupSize, 1, 2, 99>;
+// On Hopper: from so many rows per expert on average, one pass over its matrix by the kernel for
+// many rows is faster than passes for 16 rows each.
 constexpr int kManyRows = 12;
 static_assert(kGroupedW4Smem<Small<32>> + sizeof(WorkList) <= 99 * 1024);
 

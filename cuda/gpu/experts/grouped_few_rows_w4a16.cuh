@@ -1,9 +1,10 @@
-// grouped_few_rows.cuh's work by matrices of 4-bit integers: items of its kind, whose pieces of weight
-// and products are those of few_rows_w4a16.cuh, so that a row's result is that of linear_w4a16 by few
-// rows. An item is two strips, with kSiluMul one of gate and the one of up. Each piece of weight
-// brings the piece of x that it multiplies, of those rows that the item has.
+// grouped_few_rows.cuh with matrices of 4-bit integers. The items are of the same kind; copies of
+// weight and products are those of few_rows_w4a16.cuh, so a row's result is that of linear_w4a16
+// for few rows. An item has two strips (of 16 weight rows); with kSiluMul they are one of gate and
+// the matching one of up. Each piece of weight comes with the piece of x that it is multiplied by,
+// of the rows that the item has.
 //
-// Floor: 4.25 bits an element in groups of 128, for each expert that has rows.
+// Floor: 4.25 bits per element in groups of 128, for each expert that has rows.
 #pragma once
 
 #include "gpu/experts/experts.h"
@@ -13,20 +14,21 @@
 
 namespace pyserve::gpu {
 
-// Of shared memory, of a W4Tiling: a slot of a piece of x for each stage.
+// Shared memory for a W4Tiling here. Each stage has a slot of its own for a piece of x.
 template <class Tile>
 constexpr int kGroupedW4SlotBytes = Tile::kTokens * Tile::kTokenBytes;
 template <class Tile>
 constexpr int kGroupedW4Smem = Tile::kRingBytes + Tile::kSumBytes +
                                Tile::kWarps * Tile::kStages * kGroupedW4SlotBytes<Tile>;
 
-// What a warp brings to its ring and its slots of x: its pieces of an item, then of the CTA's next.
+// Copies pieces of weight into a warp's ring and pieces of x into its slots: first all of the
+// warp's pieces of one item, then those of the CTA's next item.
 template <Epilogue kEpilogue, class Tile>
 class GroupedW4Fetcher {
  public:
   using Rows = RowTile<kEpilogue, Tile::kRows>;
 
-  // `ring` and `slots` are the warp's own.
+  // `ring` and `slots` belong to the warp alone.
   __device__ GroupedW4Fetcher(const GroupedParams& p, const WorkList& list, uint32_t ring,
                               uint32_t slots)
       : list_(list), packed_(static_cast<const unsigned char*>(p.weight)),
@@ -41,7 +43,8 @@ class GroupedW4Fetcher {
     begin(static_cast<int>(blockIdx.x));
   }
 
-  // Starts to copy a piece, if there is one, and goes on to the next.
+  // Starts to copy a piece, if there is one left, and moves on to the next. It always commits a
+  // group of copies, so that waits can count groups.
   __device__ __forceinline__ void fetch(int stage) {
     if (is_there_) {
       piece_copy_.start(ring_ + stage * Tile::kStageBytes, weight_, num_tiles_,
@@ -81,7 +84,7 @@ class GroupedW4Fetcher {
     const uint16_t* piece = x_ + piece_ * Tile::kDepth;
 #pragma unroll
     for (int i = 0; i < Tile::kTokens / 2; ++i) {
-      // Chunk c of row r lies at c ^ r % 8: the same one of 8 rows in different banks.
+      // Chunk c of row r lies at c ^ r % 8, so the same chunk of 8 rows lies in different banks.
       const uint32_t place = to + (x_to_ ^ (2 * i & 6) * 16) + 2 * i * Tile::kTokenBytes;
       if (lane / 16 + 2 * i < num_tokens_) {
         cp_async_16(place, piece + x_stride_ * tokens_[i], is_in_k);
@@ -93,20 +96,20 @@ class GroupedW4Fetcher {
   const unsigned char* packed_;
   int64_t expert_bytes_, strip_bytes_;
   W4PieceCopy<Tile> piece_copy_;
-  const uint16_t* x_;  // this lane's columns
+  const uint16_t* x_;  // from this lane's columns on
   int64_t x_stride_;
   const int32_t* order_;
   int top_k_, n_, k_;
   uint32_t ring_, slots_, x_to_;
   WorkPlace place_;
-  // Of the item whose pieces are brought.
+  // Of the item whose pieces are being copied.
   bool is_there_ = false;
   int piece_ = 0, num_tiles_ = 0, num_tokens_ = 0;
   const unsigned char* weight_ = nullptr;
-  int tokens_[Tile::kTokens / 2];  // rows of x that this lane copies
+  int tokens_[Tile::kTokens / 2];  // the rows of x that this lane copies
 };
 
-// As grouped_few_rows_kernel; strides of weight as launch_grouped_w4a16 says.
+// As grouped_few_rows_kernel; the strides of the weight are explained at launch_grouped_w4a16.
 template <class T, Epilogue kEpilogue, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1) grouped_w4a16_kernel(GroupedParams p) {
   using Rows = RowTile<kEpilogue, Tile::kRows>;
@@ -130,7 +133,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) grouped_w4a16_kernel(Groupe
 #pragma unroll 1
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetcher.fetch(stage);
 
-  uint32_t lane_x[Tile::kTokenTiles];  // in a slot; what lies behind an item's rows is not stored
+  // Address within a slot; results of rows that the item lacks are not stored.
+  uint32_t lane_x[Tile::kTokenTiles];
 #pragma unroll
   for (int tokens = 0; tokens < Tile::kTokenTiles; ++tokens) {
     const int token = 8 * tokens + lane % 8;
@@ -145,19 +149,21 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) grouped_w4a16_kernel(Groupe
 #pragma unroll 1
     for (int piece = warp; piece < num_pieces; piece += Tile::kWarps) {
       cp_async_wait<Tile::kStages - 2>();
-      __syncwarp();  // all lanes' copies have landed, all have read the stage that is refilled now
+      // All lanes' copies have landed, and all lanes have read the stage that is refilled now.
+      __syncwarp();
       fetcher.fetch(stage == 0 ? Tile::kStages - 1 : stage - 1);
       multiply_piece<T, Tile>(ring + stage * Tile::kStageBytes, lane_x,
                               stage * kGroupedW4SlotBytes<Tile>, sums);
       stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
     }
     finish_item<T, kEpilogue, Tile>(p, at, sums, all_sums, buffer, first_result);
-    first_result = (first_result + kWarpSize) % Tile::kThreads;  // other warps have them each time
+    // Results go to other warps each time.
+    first_result = (first_result + kWarpSize) % Tile::kThreads;
   }
   cp_async_wait<0>();
 }
 
-// One CTA an SM.
+// One CTA per SM.
 template <class T, Epilogue kEpilogue, class Tile>
 cudaError_t launch_grouped_w4a16_tiled(const GroupedParams& p, int num_sms, cudaStream_t stream) {
   constexpr auto kKernel = grouped_w4a16_kernel<T, kEpilogue, Tile>;
@@ -167,7 +173,7 @@ cudaError_t launch_grouped_w4a16_tiled(const GroupedParams& p, int num_sms, cuda
                         kGroupedW4Smem<Tile>, stream, p);
 }
 
-// By the tiling that Tilings has for the group size.
+// Launches with the tiling that Tilings has for the group size.
 template <template <int> class Tilings>
 cudaError_t launch_grouped_w4a16_as(const GroupedParams& p, int64_t group_size, int num_sms,
                                     cudaStream_t stream) {

@@ -1,5 +1,5 @@
-// grouped_few_rows_w4a16.cuh cut for the shared memory of Hopper: blocks of up to 8 or 16 rows of an
-// expert, as few_rows_w4a16_sm90a.cu.
+// The tile sizes of grouped_few_rows_w4a16.cuh for Hopper's shared memory: blocks of up to 8 or 16
+// rows of an expert, as in few_rows_w4a16_sm90a.cu.
 #include "gpu/experts/grouped_few_rows_w4a16.cuh"
 
 #include "gpu/experts/grouped_w4a16.h"

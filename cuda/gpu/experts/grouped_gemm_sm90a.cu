@@ -1,15 +1,15 @@
-// grouped_linear and grouped_linear_silu_mul for many rows of each expert on Hopper (sm_90a): the
-// parts of gemm_sm90a.cuh, a ring of tiles that the copy engine fills for warpgroups that multiply,
-// over tiles that are an expert, a block of its rows and some of its columns.
+// grouped_linear and grouped_linear_silu_mul for many rows per expert on Hopper (sm_90a), in
+// bfloat16 or float16. It uses the parts of gemm_sm90a.cuh: a ring of stages that TMA fills and
+// warpgroups multiply. A tile is an expert, a block of its rows, and some of its columns.
 //
-// x stands in the order of the experts. A tile's rows behind its expert's last are the next one's:
-// they are computed and not stored. The CTAs find their tiles by the list that each makes of the
-// offsets, so that the grid is the same wherever tokens go.
+// The rows of x are sorted by expert. A tile at the end of an expert reaches into the rows of the
+// next one; these results are computed and not stored. Each CTA finds its tiles by a list that it
+// makes from the offsets (work_list.cuh), so the grid is the same wherever the tokens go.
 //
 // Numerics: float32 sums over k in blocks of 16, then the epilogue, one rounding. A row's result
 // does not depend on which other rows its expert has.
 // Floor: rows_per_column * n * k * 2 bytes for each expert that has rows, or 2 * rows_per_column *
-// n * k operations a row.
+// n * k operations per row.
 #include <algorithm>
 
 #include "gpu/core/device.h"
@@ -27,25 +27,26 @@ struct GroupedArgs {
   int64_t out_stride;
   const int32_t* offsets;
   int num_experts;
-  int n, k;  // n: columns of out
-  int weight_rows;  // of an expert
+  int n, k;  // n counts columns of out
+  int weight_rows;  // per expert
   int num_column_tiles;
   int mates;
   L2Hint weight_hint;
 };
 
-// Columns of out in a tile.
+// Columns of out per tile.
 template <class Tile, Epilogue kEpilogue>
 constexpr int kGroupedColumns =
     kEpilogue == Epilogue::kSiluMul ? Tile::kOutColumns : Tile::kColumns;
 
-// One thread fills the ring of the CTA at `rank` of its cluster.
+// Fills the ring of the CTA at `rank` of its cluster. One thread calls this.
 template <class Tile, Epilogue kEpilogue>
 __device__ void produce_grouped(const GroupedArgs& a, const WorkList& list, Ring<Tile> ring,
                                 int rank, GroupedSchedule schedule) {
   constexpr int kHalf = Tile::kColumns / 2;
   const int count = (a.k + kDepth - 1) / kDepth;
-  // From the first half of a tile's weight rows to the second: rows of up, or the next columns.
+  // The distance from the first half of a tile's weight rows to the second half: either the rows of
+  // up, or the next columns.
   const int step = kEpilogue == Epilogue::kSiluMul ? a.n : kHalf;
   for (; schedule.has_more(list); schedule.advance()) {
     const GroupedTile tile =
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       multiply<Tile>(ring, count, release, sums);
       finish_grouped<Tile, kEpilogue>(a, tile, sums);
     }
-    cluster_sync();  // a mate may still send here, or tell what it has read
+    cluster_sync();  // the other CTA may still write here or signal that it has read a stage
   }
 }
 
@@ -150,7 +151,8 @@ cudaError_t launch_grouped_tile(const GroupedParams& p, const Device& device,
   if (const cudaError_t error = allow_smem<kKernel, OneTile::kSmem>(); error != cudaSuccess) {
     return error;
   }
-  // Two tiles of rows share a weight where experts have that many on average.
+  // Where experts have two tiles of rows on average, a cluster of two CTAs shares each tile of
+  // weight.
   const int mates = p.mean_rows() >= 2 * OneTile::kRows ? 2 : 1;
   GroupedArgs a{.out = p.out,
                 .out_stride = p.out_stride,
@@ -177,7 +179,8 @@ cudaError_t launch_grouped_tile(const GroupedParams& p, const Device& device,
 template <class T, Epilogue kEpilogue>
 cudaError_t launch_grouped_gemm(const GroupedParams& p, const Device& device,
                                 cudaStream_t stream) {
-  // Most experts' rows fit one block of 64: what is saved of x are weights on their way.
+  // Up to this average, most experts fit one block of 64 rows. The smaller x in a stage leaves room
+  // for more stages, and so for more weights in flight.
   constexpr int kFewRows = 40;
   if (p.mean_rows() <= kFewRows) {
     return launch_grouped_tile<Tile<T, 1, 256>, kEpilogue>(p, device, stream);

@@ -1,15 +1,16 @@
-// grouped linears of 4-bit integers for many rows of each expert on Hopper (sm_90a): the tiles of
-// gemm_w4a16.cuh, 256 rows of weight by 32 or 64 rows of an expert, or 128 by 128, in the order that
-// grouped_schedule.cuh gives. What is dequantised is so in registers: no expert's matrix is ever
-// stored as plain numbers.
+// Grouped linears of 4-bit integers for many rows per expert on Hopper (sm_90a). Tiles are those of
+// gemm_w4a16.cuh, 256 rows of weight by 32 or 64 rows of an expert, or 128 by 128, in the order of
+// grouped_schedule.cuh. Weights are dequantised in registers; no matrix is ever stored as 16-bit
+// numbers.
 //
-// x stands in the order of the experts. A tile's rows behind its expert's last are the next one's:
-// they are computed and not stored; and so are rows of weight behind its matrix.
+// The rows of x are sorted by expert. A tile at the end of an expert reaches into the rows of the
+// next one, and a tile at the end of a matrix reaches into weight rows of the next matrix; these
+// results are computed and not stored.
 //
-// Numerics: as linear_w4a16 by as many rows. The tile depends on sizes, never on where tokens go; a
-// row's result does not depend on which other rows its expert has.
-// Floor: 4.25 bits an element in groups of 128 of each expert that has rows, or 2 * rows_per_column *
-// n * k operations a row.
+// Numerics: as linear_w4a16 for as many rows. The tile depends on sizes, never on where the tokens
+// go; a row's result does not depend on which other rows its expert has.
+// Floor: 4.25 bits per element in groups of 128 of each expert that has rows, or 2 *
+// rows_per_column * n * k operations per row.
 #include "gpu/core/device.h"
 #include "gpu/core/launch.cuh"
 #include "gpu/experts/grouped_schedule.cuh"
@@ -22,7 +23,7 @@ namespace gemm {
 struct GroupedW4Args : W4Args {
   const int32_t* offsets;
   int num_experts;
-  int weight_rows;  // of an expert, in whole strips
+  int weight_rows;  // per expert, rounded up to whole strips
 };
 
 template <Operand kOperand, class Tile>
@@ -115,7 +116,8 @@ cudaError_t launch_grouped_w4(const GroupedParams& p, int64_t group_size, const 
                                  Tile::kSmem, stream, a);
 }
 
-// The least rows of x a tile that most experts fit, where all have about as many.
+// Chooses the tile with the fewest rows of x that still holds most experts' rows, on the assumption
+// that all experts have about as many.
 template <class T, bool kIsPaired, bool kIsWhole>
 cudaError_t launch_grouped_w4_as(const GroupedParams& p, int64_t group_size, const Device& device,
                                  cudaStream_t stream) {

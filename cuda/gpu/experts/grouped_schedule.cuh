@@ -1,21 +1,23 @@
-// Which tiles of the products of many rows by their experts' matrices a cluster computes: by the list
-// that each CTA makes of the offsets, so that the grid is the same wherever tokens go.
+// Which tiles a cluster computes of a product of many rows by their experts' matrices. Each CTA
+// makes its list from the offsets, so the grid is the same wherever the tokens go.
 //
-// Args have `mates`, which share a tile's weight, `num_column_tiles`, and `weight_rows` of an expert.
+// Args has `mates`, the number of CTAs that share a tile's weight (gemm_frame.cuh),
+// num_column_tiles, and weight_rows, the number of rows of one expert.
 #pragma once
 
 #include "gpu/experts/work_list.cuh"
 
 namespace pyserve::gpu::gemm {
 
-// Where a CTA's tile lies: rows from `row` on, of which those from end_row on are another expert's.
+// Where a CTA's tile lies. Its rows begin at `row`; those from end_row on belong to another expert.
 struct GroupedTile {
   int row, end_row;
   int column, weight_row;
 };
 
-// The tiles of a cluster, one after another: within an expert columns run through groups of a few
-// row tiles, so that what the card works on at a time is close to a square.
+// The tiles of a cluster, one after another. Within an expert the columns run through groups of a
+// few row tiles, so that the tiles which the whole device computes at one time are close to a
+// square.
 struct GroupedSchedule {
   WorkPlace place;
   int step;
@@ -26,7 +28,8 @@ struct GroupedSchedule {
   __device__ bool has_more(const WorkList& list) { return place.is_there(list); }
   __device__ void advance() { place.item += step; }
 
-  // Of so many rows and columns of out, of the CTA at `rank` of its cluster.
+  // The current tile, of tile_rows rows by `columns` columns of out, for the CTA at `rank` of its
+  // cluster.
   template <class Args>
   __device__ GroupedTile tile(const Args& a, const WorkList& list, int tile_rows, int columns,
                               int rank) const {

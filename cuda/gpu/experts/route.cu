@@ -1,13 +1,15 @@
-// route on CUDA: up to three kernels.
-//   logits   x router^T in float32. A CTA takes 16 tokens and 16 rows of the router, its 8 warps
-//            split hidden. Products are mma.sync on fragments that are loaded as they lie: as a sum
-//            does not care which columns of hidden meet in a product, a lane's 16 bytes of a row of
-//            x and of the router are the fragments of two products.
-//   choose   a warp a token: scores, groups, the top_k best, weights. Of equal choices the lower
-//            expert, a NaN last.
-//   sort     one CTA: tokens in the order of their experts, those of one expert in their own order.
-//            Its warps take a part of the assignments each, count them by expert, and number them.
-// Up to 64 tokens choose and sort are one kernel; of up to 16 and a small router all three are.
+// route: up to three kernels. x [num_tokens, hidden] and router [num_experts (+ 1), hidden] are
+// bfloat16 or float16; logits and weights are float32.
+//   logits  x router^T. A CTA takes 16 tokens and 16 rows of the router, and its 8 warps split
+//           hidden. Products are mma.sync on fragments that are loaded straight from memory: a sum
+//           does not depend on which columns of hidden meet in one product, so the 16 bytes that a
+//           lane loads of a row of x and of the router are its fragments of two products.
+//   choose  one warp per token: scores, groups, the top_k best experts, weights. Among equal
+//           choices the lower expert wins; a NaN comes last.
+//   sort    one CTA: sorts the assignments by expert, and by token within an expert. Each warp
+//           takes a part of the assignments, counts them by expert and numbers them.
+// Up to 64 tokens, choose and sort are one kernel; up to 16 tokens with a small router, all three
+// are.
 //
 // Numerics: float32 throughout, in an order that depends on shapes alone.
 // Floor: (num_tokens + num_experts) * hidden * 2 bytes.
@@ -25,19 +27,20 @@ namespace {
 
 // ---- logits -------------------------------------------------------------------------------------
 
-constexpr int kLogitTokens = 16, kLogitRows = 16;  // of a CTA
+constexpr int kLogitTokens = 16, kLogitRows = 16;  // per CTA
 constexpr int kLogitWarps = 8;
-constexpr int kLaneDepth = 4 * kVec;  // of hidden, that a quad of lanes holds at once
+constexpr int kLaneDepth = 4 * kVec;  // columns of hidden that four lanes hold at once
 
-using Partial = float[kLogitTokens][kLogitRows + 1];  // sums of a warp
+using Partial = float[kLogitTokens][kLogitRows + 1];  // the sums of a warp
 
-// Of 16 tokens from token0 on and 16 rows from row0 on. All threads of a CTA of kCount warps call
-// it, and find the logits stored behind a barrier.
+// Computes the logits of 16 tokens from token0 on and 16 rows of the router from row0 on. All
+// threads of a CTA of kCount warps call this; the logits are visible to them behind the next
+// barrier.
 template <class T, int kCount>
 __device__ __forceinline__ void put_logits(const RouteParams& p, int row0, int token0,
                                            Partial* partial) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  // Rows behind the last are computed from the last one, and not stored.
+  // Rows beyond the last are computed from the last one and not stored.
   const auto row_of = [&](const void* data, int64_t stride, int index, int count) {
     return static_cast<const T*>(data) + stride * min(index, count - 1) + lane % 4 * kVec;
   };
@@ -95,10 +98,10 @@ __global__ void __launch_bounds__(kLogitWarps * kWarpSize) logits_kernel(RoutePa
 
 // ---- choose -------------------------------------------------------------------------------------
 
-constexpr int kWarps = 32;  // of choose and sort
+constexpr int kWarps = 32;  // for choose and sort
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kLaneExperts = kMaxExperts / kWarpSize;
-constexpr float kSumEps = 1e-20f;  // beside a sum of sigmoids, which may be 0
+constexpr float kSumEps = 1e-20f;  // added to a sum of sigmoids, which may be 0
 
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
@@ -110,8 +113,8 @@ __device__ __forceinline__ float warp_max(float x) {
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// The best of all lanes' candidates: the larger choice, of equal ones the lower index. An index that
-// is no expert is worse than any.
+// The best of all lanes' candidates: the largest choice, and of equal ones the lowest index. A
+// negative index means that the lane has no candidate.
 __device__ __forceinline__ void warp_best(float& choice, int& index) {
 #pragma unroll
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
@@ -124,7 +127,8 @@ __device__ __forceinline__ void warp_best(float& choice, int& index) {
   }
 }
 
-// `choices` of a token, in shared memory; the warp's lanes share its groups.
+// Sets the choices of all experts outside the best groups to -inf. `choices` are those of one
+// token, in shared memory; each lane takes some of the groups.
 __device__ __forceinline__ void limit_to_groups(const RouteParams& p, float* choices,
                                                 float* group_choices) {
   const int lane = threadIdx.x % kWarpSize, size = p.num_experts / p.num_groups;
@@ -151,7 +155,7 @@ __device__ __forceinline__ void limit_to_groups(const RouteParams& p, float* cho
   __syncwarp();
 }
 
-// Leaves the experts of the token in its row of places, and their weights.
+// Writes the token's chosen experts to its row of places, where sort finds them, and their weights.
 __device__ void choose(const RouteParams& p, int token, float* choices, float* group_choices) {
   const int lane = threadIdx.x % kWarpSize;
   int32_t* places = p.places + p.places_stride * token;
@@ -179,7 +183,7 @@ __device__ void choose(const RouteParams& p, int token, float* choices, float* g
   __syncwarp();
   if (p.top_groups < p.num_groups) limit_to_groups(p, choices, group_choices);
   float sum_of_taken = p.is_sigmoid ? kSumEps : 0.0f, mine = 0.0f;
-  uint32_t is_taken = 0;  // of this lane's experts
+  uint32_t is_taken = 0;  // bits of this lane's experts
   static_assert(kLaneExperts <= 32 && kMaxTopExperts <= kWarpSize);
   for (int j = 0; j < p.top_k; ++j) {
     float choice = -INFINITY;
@@ -204,12 +208,13 @@ __device__ void choose(const RouteParams& p, int token, float* choices, float* g
 
 // ---- sort ---------------------------------------------------------------------------------------
 
-// `counts` is shared memory, [kWarps][num_experts]. Called by all threads of a CTA.
+// Replaces the experts in places by places in the sorted order, and writes order and offsets.
+// `counts` is shared memory [kWarps][num_experts]. All threads of a CTA call this.
 __device__ void sort_by_expert(const RouteParams& p, int32_t* counts) {
   __shared__ int warp_sums[kWarps];
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int count = p.num_tokens * p.top_k;
-  const int part = (count + kThreads - 1) / kThreads * kWarpSize;  // of a warp
+  const int part = (count + kThreads - 1) / kThreads * kWarpSize;  // assignments per warp
   const int begin = min(count, warp * part), end = min(count, begin + part);
   const auto place_of = [&](int i) -> int32_t& {
     const int token = i / p.top_k;
@@ -231,7 +236,7 @@ __device__ void sort_by_expert(const RouteParams& p, int32_t* counts) {
   if (expert < p.num_experts) {
     for (int i = 0; i < kWarps; ++i) {
       const int of_warp = counts[i * p.num_experts + expert];
-      counts[i * p.num_experts + expert] = of_expert;  // in front of the warp's first
+      counts[i * p.num_experts + expert] = of_expert;  // how many are in front of this warp's first
       of_expert += of_warp;
     }
   }
@@ -264,13 +269,15 @@ __device__ void sort_by_expert(const RouteParams& p, int32_t* counts) {
 
 // ---- the kernels --------------------------------------------------------------------------------
 
-// What a warp of choose has for its token, of so many experts; sort's counts lie in the same place.
+// Shared memory floats that a warp of choose needs for its token. The counts of sort use the same
+// memory later.
 __host__ __device__ constexpr int choose_floats(int num_experts) {
   return num_experts + static_cast<int>(kMaxExpertGroups);
 }
 constexpr int kChooseSmem = kWarps * choose_floats(kMaxExperts) * 4;
 
-// Of all the grid's tokens, each a warp's. All threads of a CTA call it, of the only one to sort.
+// Chooses for all tokens of the grid, one warp per token. To sort as well, there must be only one
+// CTA. All threads of a CTA call this.
 template <bool kIsSorting>
 __device__ __forceinline__ void choose_and_sort(const RouteParams& p, unsigned char* smem) {
   const int warp = threadIdx.x / kWarpSize, step = static_cast<int>(gridDim.x) * kWarps;
@@ -294,8 +301,8 @@ __global__ void __launch_bounds__(kThreads) choose_kernel(RouteParams p) {
   choose_and_sort<kIsSorting>(p, dynamic_smem);
 }
 
-// All of it in one CTA, for few tokens and a small router. What it reads is spread over more warps
-// than logits_kernel has, so a sum's order is another.
+// All three in one CTA, for few tokens and a small router. It reads with more warps than
+// logits_kernel, so its sums have another order.
 template <class T>
 __global__ void __launch_bounds__(kThreads) route_kernel(RouteParams p) {
   extern __shared__ __align__(128) unsigned char dynamic_smem[];
@@ -351,7 +358,7 @@ cudaError_t launch_route(const RouteParams& p, cudaStream_t stream) {
   const auto pieces = [](int whole, int part) {
     return static_cast<unsigned>((whole + part - 1) / part);
   };
-  // One SM reads so large a router in less than the launch of a second kernel takes.
+  // So small a router is read by one SM in less time than the launch of a second kernel takes.
   constexpr int64_t kSmallRouter = 2 << 16;
   if (p.num_tokens > 0 && p.num_tokens <= kLogitTokens &&
       int64_t{p.num_logits} * p.hidden <= kSmallRouter) {

@@ -1,5 +1,5 @@
-// Which experts have rows, and how their work is numbered: every CTA makes this list for itself from
-// the offsets, so that no grid depends on where tokens go.
+// Which experts have rows, and how their work is numbered. Every CTA makes this list for itself
+// from the offsets, so that no grid depends on where the tokens go.
 #pragma once
 
 #include "common/limits.h"
@@ -7,14 +7,14 @@
 
 namespace pyserve::gpu {
 
-// The experts that have rows. Items of one are numbered from first_item on: for each block of
-// block_rows of its rows, `items_per_block` of them.
+// The experts that have rows. The items of an expert are numbered from first_item on:
+// items_per_block of them for each block of block_rows rows.
 struct WorkList {
   int num_listed;
   int expert[kMaxExperts], first_row[kMaxExperts], end_row[kMaxExperts];
-  int first_item[kMaxExperts + 1];  // the last one's is how many there are
+  int first_item[kMaxExperts + 1];  // the one behind the last expert is the number of all items
 
-  // By one warp; the others see it behind a barrier.
+  // Called by one warp; the others see the list behind a barrier.
   __device__ void make(const int32_t* offsets, int num_experts, int block_rows,
                        int items_per_block) {
     const int lane = threadIdx.x % kWarpSize;
@@ -43,7 +43,8 @@ struct WorkList {
   }
 };
 
-// An item and the expert that it is of. Items only go up.
+// An item, and the entry of the list that it belongs to. `item` may only increase, since the entry
+// is found by going forward.
 struct WorkPlace {
   int item, entry = 0;
 
