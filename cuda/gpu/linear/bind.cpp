@@ -1,4 +1,5 @@
-// The linear ops on CUDA: checks, then the kernel that dispatch.h chooses.
+// The CUDA side of linear, linear_add and linear_silu_mul: checks the arguments and launches the
+// kernel that dispatch.h chooses.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -44,7 +45,7 @@ void linear_silu_mul(const Tensor& x, const Tensor& weight, const std::optional<
   launch(read, args, Epilogue::kSiluMul, eps, current_stream(x));
 }
 
-// Whether linear, or the op of another epilogue, is faster than cuBLAS for m rows of x.
+// Whether linear, or the op with another epilogue, is faster than cuBLAS for m rows of x.
 bool serves_linear(const Tensor& weight_tensor, int64_t m, int64_t epilogue_number) {
   const View weight = ViewReader{"serves_linear", Place::kCuda}("weight", weight_tensor, 2);
   PYSERVE_CHECK(epilogue_number >= 0 && epilogue_number <= 2 && m >= 0, "serves_linear: epilogue ",

@@ -1,5 +1,5 @@
-// The CUDA side of linear_fp8, linear_w8a8 and dequantise_fp8: arguments are checked and handed to
-// few_rows_fp8.cu, gemm_w8a8_sm90a.cu and dequantise_fp8.cu.
+// The CUDA side of linear_fp8, linear_w8a8 and dequantise_fp8: checks the arguments and calls the
+// launchers of few_rows_fp8.cu, gemm_w8a8_sm90a.cu and dequantise_fp8.cu.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -53,7 +53,8 @@ void dequantise_fp8(const Tensor& weight, const Tensor& scales, int64_t scale_ro
   check_launch(read.op, gpu::launch_dequantise_fp8(params, current_stream(weight)));
 }
 
-// Whether linear_fp8 can, and is taken to be faster than plain numbers and cuBLAS.
+// Whether linear_fp8 can serve these tensors, and is assumed to be faster than dequantising the
+// weight and calling cuBLAS.
 bool serves_linear_fp8(const Tensor& x, const Tensor& weight) {
   const ViewReader read{"serves_linear_fp8", Place::kCuda};
   const View rows = read("x", x, 2);
@@ -87,7 +88,7 @@ void linear_w8a8(const Tensor& x, const Tensor& weight, const Tensor& scales, in
                gpu::launch_linear_w8a8(params, scale, room.data, num_bytes, current_stream(x)));
 }
 
-// Whether linear_w8a8 is taken for m rows, by tensors that are aligned as torch allocates them.
+// Whether linear_w8a8 should be used for m rows, assuming tensors aligned as torch allocates them.
 bool serves_linear_w8a8(const Tensor& weight, int64_t m, int64_t scale_rows,
                         int64_t scale_columns) {
   const ViewReader read{"serves_linear_w8a8", Place::kCuda};
@@ -103,7 +104,7 @@ bool serves_linear_w8a8(const Tensor& weight, int64_t m, int64_t scale_rows,
   return serves;
 }
 
-// Of this process, for measurements on the device of `weight`: LinearTrial. -1: nothing is asked.
+// Sets what this process tries in a measurement (LinearTrial); -1 restores the default.
 void try_linear_w8a8(const Tensor& weight, int64_t min_rows, int64_t tiling) {
   ViewReader{"try_linear_w8a8", Place::kCuda}("weight", weight, 2, ScalarType::Byte);
   PYSERVE_CHECK(min_rows >= -1, "try_linear_w8a8: min_rows is ", min_rows, ", at least -1");

@@ -1,4 +1,4 @@
-// What the launchers of kernels of 8-bit floats are given, of the ops' checked arguments.
+// The parameters of the fp8 launchers, from an op's checked arguments.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,8 @@ inline void check_fp8_size(const char* op, const Fp8Matrix& matrix) {
                 " by ", matrix.k, ", each must be less than ", kMaxFp8Size);
 }
 
-// What few_rows_fp8.cuh asks for: rows that are read 16 bytes at a time, a scale a stage.
+// The requirements of few_rows_fp8.cuh: rows that can be read 16 bytes at a time, and one scale per
+// stage.
 inline void check_fp8_rows(const char* op, const View& x, const Fp8Matrix& matrix) {
   check_fp8_size(op, matrix);
   PYSERVE_CHECK(matrix.k > 0 && matrix.k % 16 == 0 &&

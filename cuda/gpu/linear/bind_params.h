@@ -1,4 +1,4 @@
-// What the launchers of linear's kernels are given, of the ops' checked arguments.
+// The parameters of linear's launchers, from an op's checked arguments.
 #pragma once
 
 #include "common/args/linear.h"
@@ -7,7 +7,7 @@
 
 namespace pyserve {
 
-// All but the weight.
+// Everything except the weight.
 inline gpu::LinearParams linear_params(const LinearArgs& args, Epilogue epilogue, double eps) {
   gpu::LinearParams params{.x = args.x.data,
                            .x_stride = args.x.stride(0),

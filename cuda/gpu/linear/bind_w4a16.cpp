@@ -1,4 +1,4 @@
-// The ops of 4-bit integers on CUDA: checks, then the kernel.
+// The CUDA side of the ops on 4-bit integers: checks the arguments and calls the launchers.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -62,7 +62,7 @@ bool serves_linear_w4a16(const Tensor& x, const Tensor& /*packed*/) {
   return serves;
 }
 
-// Of this process, for measurements on the device of `packed`: LinearTrial. -1: nothing is asked.
+// Sets what this process tries in a measurement (LinearTrial); -1 restores the default.
 void try_linear_w4a16(const Tensor& packed, int64_t max_rows, int64_t tiling) {
   w4_matrix(ViewReader{"try_linear_w4a16", Place::kCuda}, packed);
   PYSERVE_CHECK(max_rows >= -1, "try_linear_w4a16: max_rows is ", max_rows, ", at least -1");

@@ -1,10 +1,11 @@
-// The matrix of an FP8 linear as plain numbers: out[r, c] = e4m3 * s, see pyserve/ops/fp8.py.
+// dequantise_fp8: the e4m3 matrix of a linear as bfloat16 or float16: out[r, c] = e4m3 * s, with a
+// scale s for each block of rows and columns (pyserve/ops/fp8.py).
 //
-// For more rows of x than a kernel of the 8-bit floats serves: a slice of the matrix at a time, which
-// stays in L2 until cuBLAS has multiplied by it. A thread takes 16 columns of a row, 16 bytes that
-// become 32, or what there is of them.
-// Floor: bytes, 8 bits read and 16 written an element.
-// Numerics: exact but for one product in float32 and one rounding.
+// Used when x has more rows than the fp8 kernels serve: a slice of the matrix is dequantised at a
+// time and stays in L2 until cuBLAS has multiplied by it. A thread takes 16 columns of a row, 16
+// bytes that become 32, or fewer at the end of a row.
+// Bound by bytes: 8 bits read and 16 written per element.
+// Numerics: one product in float32 and one rounding; all else is exact.
 #include "gpu/core/launch.cuh"
 #include "gpu/core/vec.cuh"
 #include "gpu/linear/fp8.h"
@@ -17,7 +18,8 @@ constexpr int kThreads = 256, kColumns = 16;
 __device__ __forceinline__ float number_of(uint32_t byte) {
   const uint32_t sign = (byte & 0x80u) << 24, rest = byte & 0x7fu;
   if (rest == 0x7fu) return __uint_as_float(0x7fc00000u);
-  // 2^-120 of the number: a denormal where it is one, which the product is not.
+  // The bits of e4m3, moved into those of a float32, are 2^-120 times the number. They are denormal
+  // where the e4m3 number is, and the product is normal again.
   return __uint_as_float(sign | rest << 20) * 0x1p120f;
 }
 
@@ -31,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) dequantise_fp8_kernel(DequantiseFp8P
   uint32_t words[4] = {};
   const uint8_t* from = p.weight + row * p.k + column;
   const int count = static_cast<int>(min(int64_t{kColumns}, p.k - column));
-  float scales[2] = {};  // of the first 8 columns and of the others
+  float scales[2] = {};  // of the first 8 columns and of the other 8
   if (is_there) {
     const float* of_row = p.scale.data + row / p.scale.rows * p.scale.num_groups;
 #pragma unroll

@@ -1,14 +1,16 @@
-// The matrix of a W4A16 linear as plain numbers: out[r, c] = (q - z) * s, see pyserve/ops/w4a16.py.
+// dequantise_w4a16: the matrix of 4-bit integers of a linear as bfloat16 or float16: out[r, c] = (q
+// - z) * s (pyserve/ops/w4a16.py).
 //
-// For more rows of x than a kernel of the integers serves: a slice of the matrix at a time, which
-// stays in L2 until cuBLAS has multiplied by it. A CTA takes a unit of a strip, 16 rows by up to 128
-// columns: each warp a block, each lane the 4 words of its fragments, 16 bytes of integers that
-// become 4 x 8 numbers. A lane's neighbouring columns (e) are a pair, and 4 lanes (t) have 8 columns:
-// 16 bytes, of which a row of a block has 8. The lanes change pairs until each has all of two of
-// them, so that a warp writes 64 bytes of a row at a time; with 4 bytes a lane it was half a sector
-// here and half a sector there: 1.4 TB/s.
-// Floor: bytes, 4.25 bits read and 16 written an element.
-// Numerics: q - z is exact, one product in float32, one rounding.
+// Used when x has more rows than the kernels on integers serve: a slice of the matrix is
+// dequantised at a time and stays in L2 until cuBLAS has multiplied by it. A CTA takes one unit of
+// a strip, 16 rows by up to 128 columns. Each warp takes a block, and each lane its 4 words there:
+// 16 bytes of integers, which become 4 x 8 numbers. Two neighbouring columns (index e in w4a16.py)
+// make a pair of 4 bytes in one lane, and 4 lanes (t) together hold 8 columns, which are a 16-byte
+// chunk of the output; a row of a block has 8 such chunks. The four lanes exchange pairs until each
+// holds two whole chunks. A warp then writes 64 contiguous bytes of a row at a time. Written as 4
+// bytes per lane, the stores filled only half of each sector and the kernel reached 1.4 TB/s.
+// Bound by bytes: 4.25 bits read and 16 written per element.
+// Numerics: q - z is exact; one product in float32 and one rounding.
 #include "gpu/linear/w4a16.h"
 
 #include "gpu/core/launch.cuh"
@@ -17,7 +19,8 @@
 namespace pyserve::gpu {
 namespace {
 
-// Lane t of four gets what all four have at index t, in their order.
+// Transposes the 4x4 words of four lanes: lane t gets the words that the four lanes hold at index
+// t, in the order of the lanes.
 __device__ __forceinline__ void transpose_over_quad(uint32_t (&words)[4]) {
   const int lane = threadIdx.x;
 #pragma unroll
@@ -42,7 +45,7 @@ __global__ void __launch_bounds__(2 * kWarpSize) dequantise_w4a16_kernel(Dequant
   pdl_launch_dependents();
   const uint4 loaded = *reinterpret_cast<const uint4*>(words + block * kW4BlockWords + 4 * lane);
   const uint32_t steps[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
-  // Of the rows g and g + 8, of the first and the last group of the block.
+  // For the rows g and g + 8, in the first and the last group of columns of the block.
   float scales[2][2], zeros[2][2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -61,7 +64,8 @@ __global__ void __launch_bounds__(2 * kWarpSize) dequantise_w4a16_kernel(Dequant
   for (int half = 0; half < 2; ++half) {
     const int64_t row = strip * kStripRows + 8 * half + g;
 #pragma unroll
-    for (int chunks = 0; chunks < 8; chunks += 4) {  // of 8 columns: step s, half a step u
+    // Chunks of 8 columns: s = chunk / 2, u = chunk % 2.
+    for (int chunks = 0; chunks < 8; chunks += 4) {
       uint32_t pairs[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {

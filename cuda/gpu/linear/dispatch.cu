@@ -1,4 +1,4 @@
-// The table of linear's kernels, and the call of the one that it names.
+// The table that chooses a kernel of linear for a shape, and the calls of these kernels.
 #include "gpu/linear/dispatch.h"
 
 #include <cstdint>
@@ -13,28 +13,31 @@ namespace {
 
 constexpr int kAnyCard = 1000;
 
-// A kernel is taken for cards of compute capability [first_card, last_card], 10 x major + minor, and
-// for these shapes, where it is faster than cuBLAS and than the kernels below it.
+// A kernel, and the devices and shapes for which it is used because it is faster than cuBLAS and
+// than the kernels further down. Devices are given by compute capability, [first_card, last_card],
+// as 10 x major + minor.
 struct Choice {
   LinearKernel kernel;
   int first_card, last_card;
   int64_t first_m, last_m;
-  int64_t first_n, first_k;  // at least
+  int64_t first_n, first_k;  // lower limits of n and k
 };
 
-// From the first row that fits. The figures are bench.gpu_ops'.
+// The first row that fits is used. The figures come from bench.gpu_ops.
 constexpr Choice kChoices[] = {
-    // On an H200, us with the norms and activations between them, own / cuBLAS at 1 row: 11.6 / 16.4
-    // for [6144, 4096], 8.0 / 14.5 for [4096, 4096], 52.4 / 63.0 for [28672, 4096], 26.8 / 33.1 for
-    // [4096, 14336]; at 8 rows 12.5 / 15.7, 8.2 / 14.2, 54.4 / 64.1, 27.4 / 33.7.
+    // On an H200, in us, with the norms and activations between the linears included, this kernel /
+    // cuBLAS at 1 row of x: 11.6 / 16.4 for [6144, 4096], 8.0 / 14.5 for [4096, 4096], 52.4 / 63.0
+    // for [28672, 4096], 26.8 / 33.1 for [4096, 14336]; at 8 rows 12.5 / 15.7, 8.2 / 14.2, 54.4 /
+    // 64.1, 27.4 / 33.7.
     {LinearKernel::kFewRows, 80, kAnyCard, 1, 8, 0, 0},
-    // At 16 rows 14.9 / 16.1, 9.2 / 14.4, 55.8 / 59.7, 28.2 / 34.5; at 32 rows 18.1 / 16.3,
-    // 10.4 / 14.9, 60.1 / 65.0, 30.2 / 35.5, and all four 118.5 / 131.4.
+    // For the same matrices at 16 rows: 14.9 / 16.1, 9.2 / 14.4, 55.8 / 59.7, 28.2 / 34.5; at 32
+    // rows: 18.1 / 16.3, 10.4 / 14.9, 60.1 / 65.0, 30.2 / 35.5, all four together 118.5 / 131.4.
     {LinearKernel::kFewRows, 90, 90, 9, kMaxRowsSm90a, 0, 0},
-    // On an H200, us, own / cuBLAS, which silu_mul has to follow, for silu of [28672, 4096]: 60 / 64
-    // at 96 rows, 60 / 67 at 128, 76 / 77 at 192, 86-93 / 90-95 at 256, 131 / 127 at 384, 173 / 162 at
-    // 512, 316 / 317 at 1,024, 660-689 / 636-688 at 2,048; silu_mul takes 4 to 50 more. More rows are
-    // worked on 2,048 after the other, so as often as that.
+    // On an H200, in us, this kernel / cuBLAS alone, for linear_silu_mul with [28672, 4096]: 60 /
+    // 64 at 96 rows, 60 / 67 at 128, 76 / 77 at 192, 86-93 / 90-95 at 256, 131 / 127 at 384, 173 /
+    // 162 at 512, 316 / 317 at 1,024, 660-689 / 636-688 at 2,048. cuBLAS must be followed by
+    // silu_mul, which takes 4 to 50 us more. More rows are computed in groups of 2,048 one after
+    // another (Schedule in gemm_frame.cuh), so the comparison stays the same for them.
     {LinearKernel::kGemmSm90a, 90, 90, 65, 16384, 2048, 1024},
 };
 
@@ -43,7 +46,8 @@ bool fits(const Choice& choice, const LinearParams& p, int card) {
          p.m <= choice.last_m && p.n >= choice.first_n && p.k >= choice.first_k;
 }
 
-// Whether the kernel can, what it asks of alignment and of tails, and its tiles fit the shape.
+// Whether the kernel can serve this: its needs of alignment and of tails are met, and its tiles fit
+// the shape.
 bool can_serve(LinearKernel kernel, const LinearParams& p, const Device& device) {
   switch (kernel) {
     case LinearKernel::kNone:
@@ -65,9 +69,11 @@ LinearTrial& linear_trial() {
 }
 
 cudaError_t serves_linear_w4a16(int64_t m, int64_t k, bool* serves) {
-  // On an H200, us a layer of 8B by gemm_w4a16_sm90a.cu / of plain numbers and cuBLAS: 345 / 781 and
-  // silu_mul still to come at 512 rows; at 8,192 4,900, counted, not measured yet, / 5,280 with it
-  // (bench/notes.md). Elsewhere 16 rows are one pass, which reads a quarter of what plain numbers are.
+  // On an H200, in us for one layer of an 8B model, gemm_w4a16_sm90a.cu / dequantised weights and
+  // cuBLAS: at 512 rows 345 / 781, without silu_mul, which cuBLAS still needs; at 8,192 rows 4,900
+  // (counted, not measured yet) / 5,280 with silu_mul (bench/notes.md). On other devices 16 rows
+  // are one pass of few_rows_w4a16.cuh, which reads a quarter of the bytes that 16-bit weights
+  // have.
   constexpr int64_t kHopperRows = 16384, kRows = 16;
   const Device* device = nullptr;
   if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
@@ -132,7 +138,7 @@ cudaError_t launch_linear(const LinearParams& params, cudaStream_t stream) {
     case LinearKernel::kGemmSm90a:
       if constexpr (kHasSm90a) return launch_gemm_sm90a(params, stream);
       break;
-    case LinearKernel::kNone:  // not the fastest, but right
+    case LinearKernel::kNone:  // not the fastest here, but right
     case LinearKernel::kFewRows:
       return launch_few_rows(params, stream);
   }

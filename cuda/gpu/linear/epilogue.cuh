@@ -1,5 +1,5 @@
-// The end of every linear kernel: what an Epilogue makes of a sum. It is one for all kernels, so
-// that which of them served a shape shows in the order of the sums alone.
+// The end of every linear kernel: what an Epilogue makes of a sum. All kernels share it, so that
+// their results for a shape differ only by the order of their sums.
 #pragma once
 
 #include <type_traits>
@@ -11,8 +11,9 @@
 
 namespace pyserve::gpu {
 
-// A result in float32, to be rounded once. `sum` has its bias; `other` is, with kAdd, what stands
-// in out; with kSiluMul, the sum of the row of up, with its bias; with kStore, anything.
+// A result in float32, which the caller rounds once. `sum` includes its bias. `other` is what out
+// holds (kAdd), or the sum of the matching row of up, bias included (kSiluMul); with kStore it is
+// not used.
 template <Epilogue kEpilogue>
 __device__ __forceinline__ float finish(float sum, float other) {
   if constexpr (kEpilogue == Epilogue::kAdd) {
@@ -24,12 +25,12 @@ __device__ __forceinline__ float finish(float sum, float other) {
   }
 }
 
-// The rows of weight that a tile of `kRows` holds for results [column, ...) of a row of out: with
-// kSiluMul kRows / 2 of gate, then the rows of up that go with them.
+// Which rows of weight a tile of kRows rows holds for columns [column, ...) of out. With kSiluMul
+// they are kRows / 2 rows of gate and then the matching rows of up.
 template <Epilogue kEpilogue, int kRows>
 struct RowTile {
   static constexpr bool kIsPaired = kEpilogue == Epilogue::kSiluMul;
-  static constexpr int kColumns = kIsPaired ? kRows / 2 : kRows;  // of out
+  static constexpr int kColumns = kIsPaired ? kRows / 2 : kRows;  // columns of out per tile
 };
 
 // Calls fn(std::integral_constant<Epilogue, ...>{}).

@@ -1,22 +1,25 @@
-// linear for few rows of x: the work is to stream the weight once, as fast as memory gives it.
+// linear for few rows of x: out [m, n] = x [m, k] times weight [n, k]^T, in bfloat16 or float16.
+// The work is to stream the weight once, as fast as memory delivers it.
 //
-// A CTA takes groups of 16 or 32 rows of weight; its warps split k. Every warp has a ring of its
-// own in shared memory, filled by cp.async several stages ahead and across groups, so that the
-// loads never wait for a barrier. A stage holds the warp's piece of the weight rows and of all rows
-// of x: x is read as often as there are groups, which is why 9 rows of it and more meet 32 of
-// weight. The ring is filled with weights before the kernel waits for the one that makes x, so that
-// memory stays busy from one linear to the next. It is more than half of what an SM has: two CTAs of
-// one linear on an SM, beside an SM with none, cost an H200 a fifth of the rate.
-// Products are mma.sync with weight as the 16-row operand and x as the 8 columns: 1 row of x costs
-// as much as 8, and both cost next to nothing beside what issues the copies.
-// The warps' sums meet in shared memory and are added in the order of the warps.
-// With a gate and an up half of the rows are of each, so that a CTA has both sums of a result.
+// Work: there is one CTA per SM. A CTA takes groups of 16 or 32 rows of weight, and its 8 warps
+// split k. Every warp has a ring of stages of its own in shared memory, which it fills by cp.async
+// several stages ahead and across groups, so the loads never wait for a barrier. A stage holds the
+// warp's piece of k of the weight rows and of all rows of x. x is thus read once per group, and for
+// 9 or more rows of x groups have 32 rows of weight to halve that. The ring is filled with weights
+// before the kernel waits for the one that produces x, so memory stays busy from one linear to the
+// next. The ring takes more than half of an SM's shared memory (rule 5 of pdl.cuh): two CTAs of one
+// linear on one SM, and none on another, cost an H200 a fifth of its rate. Products are mma.sync
+// with the weight as the 16-row operand and x as the 8 columns. One row of x therefore costs as
+// much as 8, and either costs next to nothing beside issuing the copies. The warps' sums meet in
+// shared memory and are added in the order of the warps. With kSiluMul half of the rows in a group
+// are gate's and half are up's, so that a CTA has both sums of a result.
 //
 // Numerics: float32 sums, then the bias, then the epilogue, then one rounding. The columns of an
-// mma are independent and every Tiling takes a sum in the same order, so that what else is in a
-// batch never changes a row's result.
-// Floor: n * k * 2 bytes.
-// Source of the idea out^T = W x^T for few rows: Marlin (Frantar et al. 2024), llama.cpp.
+// mma are independent and all Tilings add in the same order, so a row's result never depends on
+// what else is in the batch.
+// Bound by bytes: n * k * 2. Figures: dispatch.cu.
+// The idea to compute out^T = W x^T for few rows is from Marlin (Frantar et al. 2024) and
+// llama.cpp.
 #pragma once
 
 #include <algorithm>
@@ -29,41 +32,45 @@
 
 namespace pyserve::gpu {
 
-// How a CTA cuts its work. kTokens: rows of x it has room for.
+// The tile sizes of a CTA. kTokens is the number of rows of x that it has room for.
 template <int kRowTiles_, int kStages_, int kTokens_>
 struct Tiling {
-  static constexpr int kRowTiles = kRowTiles_;  // of 16 weight rows, in a group
+  static constexpr int kRowTiles = kRowTiles_;  // tiles of 16 weight rows per group
   static constexpr int kStages = kStages_;
   static constexpr int kTokens = kTokens_;
-  // One depth and number of warps for all: they say in what order a sum is taken.
-  static constexpr int kDepth = 64;  // of k, in a stage of one warp
+  // Depth and number of warps are the same for all tilings, because they set the order of a sum.
+  static constexpr int kDepth = 64;  // columns of k in a stage of one warp
   static constexpr int kWarps = 8;
 
   static constexpr int kRows = 16 * kRowTiles;
   static constexpr int kTokenTiles = (kTokens + 7) / 8;
   static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kChunks = kDepth / kVec;  // 16-byte pieces of a row
+  static constexpr int kChunks = kDepth / kVec;  // chunks of 16 bytes in a row
   static constexpr int kRowBytes = kDepth * 2;
   static constexpr int kStageBytes = (kRows + kTokens) * kRowBytes;
 
-  // Sums meet in a buffer that holds so many tokens, one pass after another. With two buffers one
-  // barrier a group is enough: the next group's comes before this buffer is written again.
+  // The sums meet in a buffer that holds kPassTokens tokens, in one or more passes. With two
+  // buffers one barrier per group is enough, because the next group's barrier lies between reading
+  // a buffer and writing it again.
   static constexpr int kPassTokens = kTokens < 16 ? kTokens : 16;
   static constexpr int kPasses = kTokens / kPassTokens;
   static constexpr int kBuffers = kTokens <= 8 ? 2 : 1;
-  static constexpr int kSumStride = kRows + 4;  // of a token; keeps a warp's stores apart
+  // Floats per token; padded to keep a warp's stores in different banks.
+  static constexpr int kSumStride = kRows + 4;
   static constexpr int kSumFloats = kWarps * kPassTokens * kSumStride;
   static constexpr int kSmem = kWarps * kStages * kStageBytes + kBuffers * kSumFloats * 4;
 
-  static constexpr int kLaneRows = kWarpSize / kChunks;  // of a stage, that a warp copies at once
+  // Rows of a stage that a warp copies at once.
+  static constexpr int kLaneRows = kWarpSize / kChunks;
   static_assert(kTokens <= 8 || kTokens % 16 == 0);
 };
 
-// The groups of a CTA, each by its first result's column: whole groups, the grid apart, then an
-// even share, in tiles of 16 weight rows, of what is left. Worked out where the kernel is launched.
+// The groups of a CTA, each given by the column of out of its first result. First there are whole
+// groups, one grid width apart. What is left of n is dealt out evenly in tiles of 16 weight rows.
+// The host computes this at launch.
 struct Shares {
-  int whole_end;    // column behind the whole groups
-  int tiles, more;  // of a share: `more` CTAs have one beyond `tiles`
+  int whole_end;    // the first column behind all whole groups
+  int tiles, more;  // tiles per CTA of what is left; `more` CTAs have one tile more
 
   Shares(int64_t n, int columns, int tile_columns, int num_ctas) {
     const int64_t step = int64_t{columns} * num_ctas;
@@ -90,7 +97,7 @@ struct Groups {
   __device__ int first() const {
     return or_share(static_cast<int>(blockIdx.x) * Rows::kColumns);
   }
-  // The column of the next group, n behind the last one.
+  // The column of the next group; n behind the last one.
   __device__ int next(int column) const {
     return column < whole_end ? or_share(column + step) : n;
   }
@@ -104,22 +111,25 @@ struct Groups {
   }
 };
 
-// Where chunk `chunk` of row `row` lies in a stage: the same one of 8 rows lies in different banks.
+// Where a chunk of a row lies in a stage. The swizzle puts the same chunk of 8 rows into different
+// banks.
 template <class Tile>
 __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
   return row * Tile::kRowBytes + (chunk ^ (row & 7)) * 16;
 }
 
-// Copies this lane's chunks of a tile of kCount rows: `from`, and those of each kLaneRows-th row
-// after it, of `num_rows` that there are from it on; zeros where the columns are not in k. What lies
-// in a stage for rows that are not there only comes to sums that nobody stores.
+// Copies this lane's chunks of a tile of kCount rows: the chunk at `from` and those of every
+// kLaneRows-th row behind it, of which num_rows exist. Columns beyond k become zeros, because they
+// enter every sum. Rows that do not exist are left as they are, because they only enter results
+// that are not stored.
 template <class Tile, int kCount>
 __device__ __forceinline__ void copy_rows(uint32_t to, const uint16_t* from, int64_t stride,
                                           int num_rows, bool is_in_k) {
   static_assert(Tile::kLaneRows == 4);
 #pragma unroll
   for (int i = 0; i < kCount; i += Tile::kLaneRows) {
-    const uint32_t place = (to ^ (i & 4) * 16) + i * Tile::kRowBytes;  // chunk_offset of row + i
+    // The chunk_offset of row + i.
+    const uint32_t place = (to ^ (i & 4) * 16) + i * Tile::kRowBytes;
     if (i < num_rows) cp_async_16(place, from, is_in_k);
     from += Tile::kLaneRows * stride;
   }
@@ -128,12 +138,12 @@ __device__ __forceinline__ void copy_rows(uint32_t to, const uint16_t* from, int
 template <class Tile>
 using Sums = float[Tile::kRowTiles][Tile::kTokenTiles][4];
 
-// sums += weight x^T over one stage, which lies at this address of shared memory.
+// sums += weight x^T over the stage at this address of shared memory.
 template <class T, class Tile>
 __device__ __forceinline__ void multiply_stage(uint32_t stage, Sums<Tile>& sums) {
   const int lane = threadIdx.x % kWarpSize;
   const uint32_t weight = stage + chunk_offset<Tile>(lane % 16, lane / 16);
-  // Columns beyond the tokens are not stored.
+  // The columns beyond the tokens repeat the last token and are not stored.
   const uint32_t x = stage + Tile::kRows * Tile::kRowBytes +
                      chunk_offset<Tile>(min(lane % 8, Tile::kTokens - 1), lane / 8);
 #pragma unroll
@@ -159,7 +169,7 @@ __device__ __forceinline__ void multiply_stage(uint32_t stage, Sums<Tile>& sums)
   }
 }
 
-// Leaves a warp's sums of a pass at `to` [token of the pass][row].
+// Stores a warp's sums of one pass to to[token of the pass][row].
 template <class Tile>
 __device__ __forceinline__ void put_sums(float* to, int pass, int num_tokens,
                                          const Sums<Tile>& sums) {
@@ -184,7 +194,8 @@ __device__ __forceinline__ void put_sums(float* to, int pass, int num_tokens,
   }
 }
 
-// What the norm before multiplies the sums of a row of x by; all lanes of a warp call it.
+// The factor of the RMSNorm in front of the linear for the sums of row `token` of x; 1 without a
+// norm. All lanes of a warp call this.
 __device__ __forceinline__ float norm_factor(const LinearParams& p, int64_t token) {
   if (p.x_squares == nullptr) return 1.0f;
   const int64_t count = (p.k + kSquaresColumns - 1) / kSquaresColumns;
@@ -195,8 +206,8 @@ __device__ __forceinline__ float norm_factor(const LinearParams& p, int64_t toke
   return rsqrtf(lane_sum(sum) / static_cast<float>(p.k) + p.eps);
 }
 
-// What the norm that follows needs of one result, `value`, of a row's 16 neighbours that 16 lanes
-// hold; all lanes of a warp call it.
+// Stores what the RMSNorm behind the linear needs of one result, `value`. 16 neighbouring lanes
+// hold 16 neighbouring columns of a row. All lanes of a warp call this.
 template <class T>
 __device__ __forceinline__ void put_norm(const LinearParams& p, T value, float weight,
                                          int64_t token, int64_t column, bool is_valid) {
@@ -211,12 +222,12 @@ __device__ __forceinline__ void put_norm(const LinearParams& p, T value, float w
   }
 }
 
-// A result that a thread finishes. What it needs is asked for early and looked at late: nothing
-// waits for it.
+// A result that this thread finishes. ask() loads what the epilogue needs before the products, and
+// it is used only behind them, so that nothing waits for these loads.
 template <class T>
 struct Result {
   T* target;
-  int token, row;  // of the tile's columns
+  int token, row;  // row counts columns of out within the tile
   bool is_valid;
   T bias{}, other{}, norm_weight{};
 
@@ -235,8 +246,8 @@ struct Result {
   }
 };
 
-// What the warps have left in `pass_sums` for a token of the pass and a row of weight, added up in
-// the order of the warps.
+// The sum, in the order of the warps, of what they have stored in pass_sums for a token of the pass
+// and a row of weight.
 template <class Tile>
 __device__ __forceinline__ float sum_of_warps(const float* pass_sums, int token, int row) {
   float sum = 0.0f;
@@ -247,8 +258,8 @@ __device__ __forceinline__ float sum_of_warps(const float* pass_sums, int token,
   return sum;
 }
 
-// Adds up the warps' sums of a result, of a pass that begins at first_token, and stores what the
-// epilogue makes of them; all lanes of a warp call it.
+// Finishes one result of the pass that begins at first_token: adds up the warps' sums, applies
+// factor, bias and epilogue, and stores it. All lanes of a warp call this.
 template <class T, Epilogue kEpilogue, class Tile>
 __device__ __forceinline__ void finish_result(const LinearParams& p, const Result<T>& result,
                                               const float* pass_sums, int first_token,
@@ -273,7 +284,7 @@ __device__ __forceinline__ void finish_result(const LinearParams& p, const Resul
   }
 }
 
-// m <= kTokens, k > 0, x and weight aligned; 2 n and k are ints.
+// m <= kTokens and k > 0; x and weight are aligned to 16 bytes; 2 n and k fit an int.
 template <class T, Epilogue kEpilogue, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1) linear_kernel(LinearParams p, Shares shares) {
   using Rows = RowTile<kEpilogue, Tile::kRows>;
@@ -292,13 +303,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) linear_kernel(LinearParams 
   const Groups<Rows, Tile> groups(shares, n);
   constexpr int kStepDepth = Tile::kWarps * Tile::kDepth;  // of k, for all warps together
 
-  // Where this lane copies in a stage, and from: the first row, and the first column of k.
+  // Where this lane copies to in a stage, and from which row and column of k it starts.
   const int lane_row = lane / Tile::kChunks, lane_chunk = lane % Tile::kChunks;
   const int lane_k = warp * Tile::kDepth + lane_chunk * kVec;
   const uint32_t lane_to = ring + chunk_offset<Tile>(lane_row, lane_chunk);
-  struct Piece {  // of the CTA's work: where a group begins, and a place in k
+  struct Piece {  // of the CTA's work: a group's first column and a position in k
     int column, k;
-    int num_rows;  // from the lane's first row on: of one half of the tile
+    int num_rows;  // rows of one half of the tile, counted from the lane's first
     const uint16_t *weight, *x;
   };
   const auto piece_at = [&](int column) -> Piece {
@@ -306,7 +317,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) linear_kernel(LinearParams 
             weight + p.weight_stride * (column + lane_row) + lane_k,
             x + p.x_stride * lane_row + lane_k};
   };
-  // Starts to copy a piece, if there is one, and goes on to the next.
+  // Starts to copy a piece, if there is one left, and moves on to the next. It always commits a
+  // group of copies, so that waits can count groups.
   const auto fetch = [&](Piece& piece, int stage, bool has_weight, bool has_x) {
     if (piece.column < n) {
       const uint32_t to = lane_to + stage * Tile::kStageBytes;
@@ -340,12 +352,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) linear_kernel(LinearParams 
 #pragma unroll 1
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetch(next, stage, false, true);
   for (int token = warp; token < num_tokens; token += Tile::kWarps) {
-    const float factor = norm_factor(p, token);  // read behind the first group's barrier
+    const float factor = norm_factor(p, token);  // read only behind the first group's barrier
     if (lane == 0) factors[token] = factor;
   }
 
   constexpr int kPassResults = Tile::kPassTokens * Rows::kColumns;
-  constexpr int kResults = (kPassResults + Tile::kThreads - 1) / Tile::kThreads;  // of a thread
+  constexpr int kResults = (kPassResults + Tile::kThreads - 1) / Tile::kThreads;  // per thread
   static_assert(Tile::kPasses == 1 || kPassResults % Tile::kThreads == 0);
   int stage = 0, buffer = 0, place = threadIdx.x;
   for (int column0 = groups.first(); column0 < n; column0 = groups.next(column0)) {
@@ -361,22 +373,24 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) linear_kernel(LinearParams 
         result.template ask<kEpilogue>(p, column0 + result.row, groups.end(column0));
       }
     }
-    // Of a few results, other warps have them in every group: what a warp does there delays its
-    // copies.
+    // With few results per group, they go to other warps each time: a warp that stores results
+    // starts its next copies later.
     place = (place + kWarpSize) % Tile::kThreads;
 
     Sums<Tile> sums = {};
 #pragma unroll 1
     for (int k0 = 0; k0 < k; k0 += kStepDepth) {
-      cp_async_wait<Tile::kStages - 2>();  // of groups, the first stages have two each
-      __syncwarp();  // all lanes' copies have landed, all have read the stage that is refilled now
+      // Counts copy groups, of which the first stages have two each.
+      cp_async_wait<Tile::kStages - 2>();
+      // All lanes' copies have landed, and all lanes have read the stage that is refilled now.
+      __syncwarp();
       fetch(next, stage == 0 ? Tile::kStages - 1 : stage - 1, true, true);
       multiply_stage<T, Tile>(ring + stage * Tile::kStageBytes, sums);
       stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
     }
 #pragma unroll
     for (int pass = 0; pass < Tile::kPasses; ++pass) {
-      if (Tile::kBuffers == 1) __syncthreads();  // all have read what was there
+      if (Tile::kBuffers == 1) __syncthreads();  // all threads have read the earlier sums
       float* group_sums = all_sums + buffer * Tile::kSumFloats;
       put_sums<Tile>(group_sums + warp * Tile::kPassTokens * Tile::kSumStride, pass, num_tokens,
                      sums);
@@ -393,7 +407,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) linear_kernel(LinearParams 
   cp_async_wait<0>();
 }
 
-// Launches for p.m <= kTokens, one CTA an SM.
+// Launches for p.m <= kTokens, with one CTA per SM.
 template <class T, Epilogue kEpilogue, class Tile>
 cudaError_t launch_tiled(const LinearParams& p, int num_sms, cudaStream_t stream) {
   constexpr auto kKernel = linear_kernel<T, kEpilogue, Tile>;

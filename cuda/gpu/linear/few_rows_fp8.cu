@@ -1,5 +1,5 @@
-// linear of 8-bit floats for up to 8 rows of x in one pass: few_rows_fp8.cuh, cut for every card. More
-// rows take several passes.
+// linear with e4m3 weights for up to 8 rows of x per pass over the weight: the tile sizes of
+// few_rows_fp8.cuh for all devices, and the loop over passes.
 #include "gpu/linear/few_rows_fp8.cuh"
 
 #include "gpu/core/device.h"
@@ -13,7 +13,8 @@ template <class T, Epilogue kEpilogue, int kTokens>
 cudaError_t launch_tokens(const LinearParams& p, const Fp8Scale& scale, const Device& device,
                           cudaStream_t stream) {
   using Deep = Fp8Tiling<2, kTokens == 4 ? 5 : 4, kTokens>;
-  using Small = Fp8Tiling<1, kTokens == 4 ? 3 : 2, kTokens>;  // GDDR needs far less in flight
+  // GDDR memory needs far fewer bytes in flight.
+  using Small = Fp8Tiling<1, kTokens == 4 ? 3 : 2, kTokens>;
   static_assert(Deep::kSmem <= 226 * 1024 && Small::kSmem <= 98 * 1024);
   if (device.smem_per_block >= 227 * 1024) {
     return launch_fp8_tiled<T, kEpilogue, Deep>(p, scale, device.num_sms, stream);

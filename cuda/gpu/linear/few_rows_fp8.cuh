@@ -1,15 +1,20 @@
-// linear by a matrix of 8-bit floats (pyserve/ops/fp8.py) for few rows of x: few_rows.cuh's way, of
-// whose words this speaks, with half the bytes to stream, which are widened to 16 bits meanwhile.
+// linear with e4m3 weights (pyserve/ops/fp8.py) for few rows of x: out [m, n] = x [m, k] times
+// weight [n, k]^T with a scale per block of weight; x and out are bfloat16 or float16. It works
+// like few_rows.cuh and uses its words, with half the bytes to stream, which are widened to 16 bits
+// on the way.
 //
-// A stage of a warp is 128 columns of the weight rows and of all rows of x. Of each 64 of them lane t
-// of a row's four has 16 neighbours, 16 bytes of weight and 32 of x: the columns of an mma.sync may
-// come in any order that is the same for both, so that neither is shuffled. A word's four columns are
-// two pairs, of the even and of the odd ones, whose products are in one mma.
-// Instructions: a word of four takes 7 in float16, 9 in bfloat16, which fma once each pair; 16 rows by
-// 128 columns are 2 KB, 106 clocks of an SM's share of 4.47 TB/s, in which it issues 424, and take 150.
-// Numerics: float32 sums over a stage, whose columns have one scale, times that, summed in the order of
-// the stages, then of the warps; then as few_rows.cuh. No other row of x changes a row's result.
-// Floor: n * k bytes.
+// A stage of a warp is 128 columns of k of the weight rows and of all rows of x. In each half of 64
+// columns, four lanes share a row. Lane t of the four takes 16 neighbouring columns: 16 bytes of
+// weight and 32 bytes of x. An mma.sync may take its columns of k in any order that both operands
+// share, so no shuffles are needed. The four columns in a 32-bit word form two pairs, the even and
+// the odd ones, and both pairs go into one mma.
+// Instructions: to widen a word of four takes 7 in float16 and 9 in bfloat16, where each pair needs
+// an fma. 16 rows by 128 columns are 2 KB. At an SM's share of 4.47 TB/s these arrive in 106
+// clocks, in which an SM can issue 424 instructions; the kernel needs about 150.
+// Numerics: float32 sums over the 128 columns of a stage, which share one scale; these times the
+// scale are added in the order of the stages and then of the warps; the rest is as in few_rows.cuh.
+// A row's result does not depend on the other rows of x.
+// Bound by bytes: n * k. Figures: fp8.h.
 #pragma once
 
 #include <algorithm>
@@ -20,22 +25,22 @@
 
 namespace pyserve::gpu {
 
-// How a CTA cuts its work. kTokens, at most 8: rows of x it has room for.
+// The tile sizes of a CTA. kTokens, at most 8, is the number of rows of x that it has room for.
 template <int kRowTiles_, int kStages_, int kTokens_>
 struct Fp8Tiling {
   static constexpr int kRowTiles = kRowTiles_;
   static constexpr int kStages = kStages_;
   static constexpr int kTokens = kTokens_;
-  static constexpr int kDepth = 128;  // of k, in a stage of one warp: those of a scale
+  static constexpr int kDepth = 128;  // columns of k in a stage of one warp; they share a scale
   static constexpr int kWarps = 8;
 
   static constexpr int kRows = 16 * kRowTiles;
   static constexpr int kTokenTiles = 1;
   static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kChunks = 8;  // 16-byte pieces of a row of weight, and of half one of x
+  static constexpr int kChunks = 8;  // chunks of 16 bytes in a row of weight, or in half a row of x
   static constexpr int kRowBytes = 128;
-  static constexpr int kHalves = 2;  // of a row of x
-  static constexpr int kXBytes = kTokens * kRowBytes;  // of a half
+  static constexpr int kHalves = 2;  // halves of a row of x in a stage
+  static constexpr int kXBytes = kTokens * kRowBytes;  // bytes of one half
   static constexpr int kStageBytes = kRows * kRowBytes + kHalves * kXBytes;
 
   static constexpr int kPassTokens = kTokens;
@@ -48,17 +53,17 @@ struct Fp8Tiling {
   static_assert(kTokens <= 8);
 };
 
-// Where chunk `chunk` of a row of weight lies in a stage: what 8 lanes read, 4 chunks of 2 rows, lies
-// in different banks.
+// Where a chunk of a row of weight lies in a stage. Eight lanes read 4 chunks of 2 rows at a time;
+// the swizzle puts these into different banks.
 __device__ __forceinline__ uint32_t fp8_offset(int row, int chunk) {
   return row * 128 + (chunk ^ (row & 1) * 4) * 16;
 }
 
-// The scales of this lane's rows of a stage.
+// The scales of a stage for the rows of this lane's fragments.
 template <class Tile>
 using Fp8Scales = float[Tile::kRowTiles][2];
 
-// sums += scale weight x^T over one stage, which lies at this address of shared memory.
+// sums += scale * weight x^T over the stage at this address of shared memory.
 template <class T, class Tile>
 __device__ __forceinline__ void multiply_fp8_stage(uint32_t stage, const Fp8Scales<Tile>& scales,
                                                    Sums<Tile>& sums) {
@@ -109,15 +114,15 @@ __device__ __forceinline__ void multiply_fp8_stage(uint32_t stage, const Fp8Scal
   }
 }
 
-// A matrix of which a lane copies its chunks, and asks for its rows' scales.
+// The weight, of which each lane copies its chunks and loads the scales of its rows.
 template <class T, class Rows, class Tile>
 struct Fp8Rows {
   const unsigned char* weight;
-  int64_t stride;  // of a row, in bytes
+  int64_t stride;  // bytes from one row to the next
   Fp8Scale scale;
-  int n, k;  // columns of out, and of the matrix
+  int n, k;  // n counts columns of out
 
-  // Rows for results [column, column_end) from column k0 of a stage on.
+  // Copies the rows for columns [column, column_end) of out, from column k0 of k on.
   __device__ __forceinline__ void copy(uint32_t stage, int column, int column_end, int k0) const {
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const int lane_row = lane / Tile::kChunks, lane_chunk = lane % Tile::kChunks;
@@ -151,8 +156,8 @@ struct Fp8Rows {
   }
 };
 
-// m <= kTokens, k > 0 and a multiple of 16, x and weight aligned; 2 n and k are ints. Strides of
-// weight are in bytes.
+// m <= kTokens; k > 0 and a multiple of 16; x and weight are aligned to 16 bytes; 2 n and k fit an
+// int. The weight's stride is in bytes.
 template <class T, Epilogue kEpilogue, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_fp8_kernel(LinearParams p, Fp8Scale scale, Shares shares) {
@@ -172,7 +177,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   constexpr int kStepDepth = Tile::kWarps * Tile::kDepth;  // of k, for all warps together
 
   const int lane_row = lane / Tile::kChunks, lane_chunk = lane % Tile::kChunks;
-  struct Piece {  // of the CTA's work: where a group begins, and a place in k
+  struct Piece {  // of the CTA's work: a group's first column and a position in k
     int column, k;
   };
   const auto fetch_x = [&](int k0, uint32_t stage) {
@@ -185,7 +190,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                                      p.x_stride, num_tokens - lane_row, column < k);
     }
   };
-  // Starts to copy a piece, if there is one, and goes on to the next.
+  // Starts to copy a piece, if there is one left, and moves on to the next. It always commits a
+  // group of copies, so that waits can count groups.
   const auto fetch = [&](Piece& piece, int stage, bool has_weight, bool has_x) {
     if (piece.column < n) {
       const uint32_t to = ring + stage * Tile::kStageBytes;
@@ -196,7 +202,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
     cp_async_commit();
   };
-  // Those of the next stage, which are asked for before this one is multiplied.
+  // The scales of the next stage, which are loaded before the current stage is multiplied.
   Fp8Scales<Tile> scales;
   const Piece first{groups.first(), 0};
   Piece next = first;
@@ -209,12 +215,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll 1
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetch(next, stage, false, true);
   for (int token = warp; token < num_tokens; token += Tile::kWarps) {
-    const float factor = norm_factor(p, token);  // read behind the first group's barrier
+    const float factor = norm_factor(p, token);  // read only behind the first group's barrier
     if (lane == 0) factors[token] = factor;
   }
 
   constexpr int kPassResults = Tile::kPassTokens * Rows::kColumns;
-  constexpr int kResults = (kPassResults + Tile::kThreads - 1) / Tile::kThreads;  // of a thread
+  constexpr int kResults = (kPassResults + Tile::kThreads - 1) / Tile::kThreads;  // per thread
   int stage = 0, buffer = 0, place = threadIdx.x;
   for (int column0 = groups.first(); column0 < n; column0 = groups.next(column0)) {
     Result<T> results[kResults];
@@ -225,13 +231,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       results[i].row = index % Rows::kColumns;
       results[i].template ask<kEpilogue>(p, column0 + results[i].row, groups.end(column0));
     }
-    place = (place + kWarpSize) % Tile::kThreads;  // other warps have them in every group
+    place = (place + kWarpSize) % Tile::kThreads;  // results go to other warps in each group
 
     Sums<Tile> sums = {};
 #pragma unroll 1
     for (int k0 = 0; k0 < k; k0 += kStepDepth) {
-      cp_async_wait<Tile::kStages - 2>();  // of groups, the first stages have two each
-      __syncwarp();  // all lanes' copies have landed, all have read the stage that is refilled now
+      // Counts copy groups, of which the first stages have two each.
+      cp_async_wait<Tile::kStages - 2>();
+      // All lanes' copies have landed, and all lanes have read the stage that is refilled now.
+      __syncwarp();
       fetch(next, stage == 0 ? Tile::kStages - 1 : stage - 1, true, true);
       Fp8Scales<Tile> of_stage;
 #pragma unroll
@@ -255,7 +263,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   cp_async_wait<0>();
 }
 
-// Launches for p.m <= kTokens, one CTA an SM.
+// Launches for p.m <= kTokens, with one CTA per SM.
 template <class T, Epilogue kEpilogue, class Tile>
 cudaError_t launch_fp8_tiled(const LinearParams& p, const Fp8Scale& scale, int num_sms,
                              cudaStream_t stream) {

@@ -1,9 +1,10 @@
-// linear for 9 to 32 rows of x in one pass over the weight: few_rows.cuh, cut for the shared memory
-// of Hopper.
+// linear for 9 to 32 rows of x in one pass over the weight: the tile sizes of few_rows.cuh for
+// Hopper's shared memory.
 //
-// What bounds it beside the weight's bytes is L2, of which an H200 gives some 9.5 TB/s: x is read
-// again for each group. With 32 weight rows a group it is half of the weight's bytes at 16 rows, as
-// at 8 rows with 16, where memory still gives 4.2 TB/s; at 32 rows it is as much as the weight.
+// Besides the bytes of the weight, it is bound by L2, which delivers about 9.5 TB/s on an H200,
+// because x is read again for each group. At 16 rows of x and groups of 32 weight rows, x adds half
+// of the weight's bytes, the same ratio as at 8 rows with groups of 16, where memory still delivers
+// 4.2 TB/s. At 32 rows x is as many bytes as the weight.
 #include "gpu/linear/few_rows_sm90a.h"
 
 #include "gpu/linear/few_rows.cuh"

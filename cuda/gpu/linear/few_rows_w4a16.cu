@@ -1,6 +1,7 @@
-// linear of 4-bit integers for up to 32 rows of x in one pass: few_rows_w4a16.cuh, cut for every card.
-// More rows take several passes. Hopper has cuts of its own (few_rows_w4a16_sm90a.cu), and another
-// kernel for more than 16 rows (gemm_w4a16_sm90a.cu).
+// linear with 4-bit integers for up to 32 rows of x per pass over the weight: the tile sizes of
+// few_rows_w4a16.cuh for all devices, and the choice of kernel. More rows take several passes.
+// Hopper has tile sizes of its own (few_rows_w4a16_sm90a.cu), and another kernel for more than 16
+// rows (gemm_w4a16_sm90a.cu).
 #include "gpu/linear/few_rows_w4a16.cuh"
 
 #include "gpu/linear/dispatch.h"
@@ -8,10 +9,11 @@
 namespace pyserve::gpu {
 namespace {
 
-// Two stages and 8 rows of x are what 99 KB hold: GDDR needs far less in flight than HBM.
+// Two stages and 8 rows of x fit into 99 KB. GDDR memory needs far fewer bytes in flight than HBM.
 template <int kGroupSize>
 using Small = W4Tiling<kGroupSize, 1, 2, 99>;
-// As many stages of 32 rows, with half of the warps: each has pieces of x of its own.
+// Two stages and 32 rows of x, with half as many warps, because each warp stores its own pieces of
+// x.
 template <int kGroupSize>
 using Medium = W4Tiling<kGroupSize, 4, 2, 99, 4>;
 

@@ -1,27 +1,31 @@
-// linear by a matrix of 4-bit integers (pyserve/ops/w4a16.py) for few rows of x: the work is to
-// stream the integers once, as fast as memory gives them, and to widen them to 16 bits meanwhile.
+// linear with 4-bit integers (pyserve/ops/w4a16.py, which defines strip, unit, block and record)
+// for few rows of x: out [m, n] = x [m, k] times weight [n, k]^T; x and out are bfloat16 or
+// float16. The work is to stream the integers once, as fast as memory delivers them, and to widen
+// them to 16 bits on the way.
 //
-// A CTA takes an even share of the strips, two at a time; its warps split k into pieces of 128
-// columns. Every warp has a ring of its own in shared memory, filled by cp.async several stages
-// ahead and across strips, so that the loads never wait for a barrier. A stage holds a piece of
-// both strips with its records, as they lie in memory. The ring is filled before the kernel waits
-// for the one that makes x. The words of a block are the weight operand of mma.sync m16n8k16 but
-// for their width, x is the 8 columns: 1 row of x costs as much as 8.
+// Work: there is one CTA per SM. A CTA takes an even share of the strips (16 rows of weight), two
+// at a time, and its warps split k into pieces of 128 columns. Every warp has a ring of stages of
+// its own in shared memory, which it fills by cp.async several stages ahead and across strips, so
+// the loads never wait for a barrier. A stage holds a piece of both strips with its records, just
+// as they lie in memory. The ring is filled before the kernel waits for the one that produces x.
+// Apart from their width, the words of a block are the weight operand of mma.sync m16n8k16; x is
+// the 8 columns, so one row of x costs as much as 8. Each warp copies the pieces of x that it
+// multiplies. Where all pieces fit, they stay in shared memory for all strips; otherwise they are
+// read again from L2 for each two strips.
 //
-// x is brought piece by piece, each by the warp that multiplies it. It stays in shared memory for
-// all strips where all pieces have room; else it comes again with each two strips, from L2.
-//
-// Instructions: a piece of a strip is 1,088 bytes in groups of 128, 60 clocks of an SM's share of
-// 4.47 TB/s, in which it issues 240. A word of 8 integers takes 4 LOP3, which mask a pair and or it
-// into the mantissa of 128 or 1024, 3 SHF (float16: 1), and 4 HADD2 or HFMA2, which take that and
-// the zero point away: 88 of the 240; products, copies and the rest make it some 150. Without
-// mma.sync a word takes 8 more to be widened to float32 and 8 a row of x: 216 for one row and 280
-// for two, with nothing else done yet. So there is no kernel of its own for one row.
-// Numerics: q - z is exact in 16 bits, so that no sum cancels and no weight is rounded; float32
-// sums over a group, one product with its scale, float32 sums of those in the order of the pieces,
-// then of the warps, then the bias and one rounding. No other row of x changes a row's result.
-// Floor: bytes, 4.25 bits an element in groups of 128.
-// Source of the idea out^T = W x^T on 4-bit fragments: Marlin (Frantar et al. 2024).
+// Instructions: a piece of a strip is 1,088 bytes in groups of 128. At an SM's share of 4.47 TB/s
+// it arrives in 60 clocks, in which an SM can issue 240 instructions. To widen a word of 8 integers
+// takes 4 LOP3, which mask a pair and or it into the mantissa of 128 or 1024, 3 SHF (float16: 1),
+// and 4 HADD2 or HFMA2, which subtract that number and the zero point: 88 of the 240 for all words.
+// With products, copies and the rest it is about 150. Without mma.sync, a word takes 8 more
+// instructions to become float32 and 8 for each row of x: 216 for one row and 280 for two, without
+// anything else. So a kernel of its own for one row would not be faster.
+// Numerics: q - z is exact in 16 bits, so no sum suffers cancellation and no weight is rounded.
+// Sums over a group are float32. Each is multiplied by the group's scale and added in float32, in
+// the order of the pieces and then of the warps; then the bias and one rounding follow. A row's
+// result does not depend on the other rows of x.
+// Bound by bytes: 4.25 bits per element in groups of 128.
+// The idea to compute out^T = W x^T on 4-bit fragments is from Marlin (Frantar et al. 2024).
 #pragma once
 
 #include <algorithm>
@@ -32,22 +36,22 @@
 
 namespace pyserve::gpu {
 
-// How a CTA cuts its work, in the words of Tiling.
+// The tile sizes of a CTA, in the words of Tiling (few_rows.cuh).
 template <int kGroupSize_, int kTokenTiles_, int kStages_, int kSmemKb, int kWarps_ = 8>
 struct W4Tiling {
   static constexpr int kGroupSize = kGroupSize_;
-  static constexpr int kTokenTiles = kTokenTiles_;  // of 8 rows of x
+  static constexpr int kTokenTiles = kTokenTiles_;  // tiles of 8 rows of x
   static constexpr int kStages = kStages_;
-  // These say in what order a sum is taken: one for all tilings of a card's few rows.
+  // These set the order of a sum, so all tilings that a device uses for few rows share them.
   static constexpr int kWarps = kWarps_;
-  static constexpr int kRowTiles = 2;  // which share what is read of x
+  static constexpr int kRowTiles = 2;  // the two strips share what is read of x
   static constexpr int kDepth = 128;   // columns of a piece
 
   static constexpr int kTokens = 8 * kTokenTiles;
   static constexpr int kRows = kRowTiles * static_cast<int>(kStripRows);
   static constexpr int kThreads = kWarps * kWarpSize;
 
-  // A piece as it lies in memory: one unit, or two that follow each other.
+  // The layout of a piece in memory: one unit, or two units that follow each other.
   static constexpr int kUnitColumns = std::max(static_cast<int>(kW4BlockColumns), kGroupSize);
   static constexpr int kUnits = kDepth / kUnitColumns;
   static constexpr int kBlockBytes = 4 * static_cast<int>(kW4BlockWords);
@@ -57,11 +61,12 @@ struct W4Tiling {
   static constexpr int kUnitBytes = kUnitBlocksBytes + kRecords / kUnits * kRecordBytes;
   static constexpr int kPieceBytes = kUnits * kUnitBytes;
   static constexpr int kStageBytes = kRowTiles * kPieceBytes;
-  static constexpr int kTokenBytes = 2 * kDepth;  // of a piece of x
+  static constexpr int kTokenBytes = 2 * kDepth;  // bytes of one row of a piece of x
 
-  static constexpr int kRecordLanes = kRowTiles * kRecords * kRecordBytes / 16;  // 16 bytes each
+  // Lanes that copy records, 16 bytes each.
+  static constexpr int kRecordLanes = kRowTiles * kRecords * kRecordBytes / 16;
 
-  // Of a block of 64 columns and of a group's record, in a piece.
+  // The byte offsets, within a piece, of a block of 64 columns and of a group's record.
   __device__ static constexpr int block_offset(int block) {
     return block * (kUnits == 1 ? kBlockBytes : kUnitBytes);
   }
@@ -71,26 +76,29 @@ struct W4Tiling {
            record % kUnitRecords * kRecordBytes;
   }
 
-  // Sums meet in a buffer that holds so many tokens, one pass after another.
+  // The sums meet in a buffer that holds kPassTokens tokens, in one or more passes.
   static constexpr int kPassTokens = kTokens < 16 ? kTokens : 16;
   static constexpr int kPasses = kTokens / kPassTokens;
   static constexpr int kBuffers = kTokens <= 8 ? 2 : 1;
-  static constexpr int kSumStride = kRows + 4;  // of a token; keeps a warp's stores apart
+  // Floats per token; padded to keep a warp's stores in different banks.
+  static constexpr int kSumStride = kRows + 4;
   static constexpr int kSumFloats = kWarps * kPassTokens * kSumStride;
   static constexpr int kRingBytes = kWarps * kStages * kStageBytes;
   static constexpr int kSumBytes = kBuffers * kSumFloats * 4;
-  static constexpr int kFactorBytes = (4 * kTokens + 127) / 128 * 128;  // of the norm before
+  // For the factors of the RMSNorm in front.
+  static constexpr int kFactorBytes = (4 * kTokens + 127) / 128 * 128;
   static constexpr int kSmem = kSmemKb * 1024;
-  static constexpr int kXBytes = kSmem - kRingBytes - kSumBytes - kFactorBytes;  // for pieces of x
+  // Room for pieces of x.
+  static constexpr int kXBytes = kSmem - kRingBytes - kSumBytes - kFactorBytes;
   static_assert(kXBytes >= kWarps * kStages * kTokens * kTokenBytes);
 };
 
-// What is worked out where the kernel is launched.
+// How the work is divided, computed at launch.
 struct W4Work {
-  int strips, more;  // of out, of a CTA: `more` of them have one beyond `strips`
-  int num_pieces;    // in k; warp w has those that are w modulo the number of warps
-  int x_slots;       // of a warp, each for a piece of x
-  bool is_x_kept;    // there is a slot for each of its pieces
+  int strips, more;  // strips of out per CTA; `more` CTAs have one strip more
+  int num_pieces;    // pieces along k; warp w takes the pieces w, w + kWarps, ...
+  int x_slots;       // slots per warp, each for one piece of x
+  bool is_x_kept;    // whether each of the warp's pieces has a slot
 
   template <class Tile>
   static W4Work of(const LinearParams& p, int num_ctas, Tile) {
@@ -104,7 +112,7 @@ struct W4Work {
   }
 };
 
-// The group of this lane's rows of a strip.
+// The scales and zero points of a group for the rows of this lane's fragments.
 template <class T>
 struct W4Group {
   float scales[2];
@@ -121,13 +129,13 @@ struct W4Group {
   }
 };
 
-// sums += weight x^T over one piece: `weight` is its stage, and `slot` bytes behind each x lies
-// chunk lane / 8 of a row of x.
+// sums += weight x^T over one piece. `weight` is its stage. x[i] + slot is the address of chunk
+// lane / 8 of the lane's row of x in token tile i.
 template <class T, class Tile>
 __device__ __forceinline__ void multiply_piece(const unsigned char* weight,
                                                const uint32_t (&x)[Tile::kTokenTiles], int slot,
                                                Sums<Tile>& sums) {
-  constexpr int kGroupPairs = Tile::kGroupSize / 32;  // of steps of 16 columns
+  constexpr int kGroupPairs = Tile::kGroupSize / 32;  // in steps of 32 columns
   const int lane = threadIdx.x % kWarpSize;
   W4Group<T> groups[Tile::kRowTiles];
   Sums<Tile> group_sums;
@@ -182,11 +190,11 @@ __device__ __forceinline__ void multiply_piece(const unsigned char* weight,
   }
 }
 
-// Of a piece of strips that are read together, what each lane brings to a stage.
+// How a lane copies its part of a piece of the strips that are read together.
 template <class Tile>
 class W4PieceCopy {
  public:
-  // tile_bytes: from one of the strips to the next.
+  // tile_bytes is the distance from one of the strips to the next.
   __device__ explicit W4PieceCopy(int64_t tile_bytes) : tile_bytes_(tile_bytes) {
     const int lane = threadIdx.x % kWarpSize, record = lane / 4 % Tile::kRecords;
     record_tile_ = lane / (Tile::kRecordLanes / Tile::kRowTiles);
@@ -196,13 +204,14 @@ class W4PieceCopy {
     record_to_ += record_tile_ * Tile::kPieceBytes;
   }
 
-  // Whether a piece that begins at `column` has both its halves: the last may have one, where a unit
-  // is 64 columns.
+  // Whether a piece that begins at `column` has both of its halves. Where a unit is 64 columns, the
+  // last piece may have only one.
   __device__ static bool is_whole(int column, int k) {
     return Tile::kUnits == 1 || column + Tile::kUnitColumns < k;
   }
 
-  // Of the first num_tiles strips; `weight` is 16 bytes a lane behind the first one's piece.
+  // Copies the piece of the first num_tiles strips. `weight` points to the first strip's piece plus
+  // 16 bytes per lane.
   __device__ __forceinline__ void start(uint32_t to, const unsigned char* weight, int num_tiles,
                                         bool is_whole) const {
     const uint32_t lane_to = to + threadIdx.x % kWarpSize * 16;
@@ -221,19 +230,21 @@ class W4PieceCopy {
 
  private:
   int64_t tile_bytes_, record_from_;
-  // Of a stage, the 16 bytes of records that this lane brings.
+  // The 16 bytes of records that this lane copies to a stage.
   int record_tile_, record_unit_, record_to_;
 };
 
-// What a warp brings to its ring and its slots of x, piece after piece.
+// Copies a warp's pieces of weight into its ring and its pieces of x into its slots, one after
+// another.
 template <Epilogue kEpilogue, class Tile>
 class W4Fetcher {
  public:
-  // The step of a CTA, in strips of out: where it is paired, one of gate and the one of up.
+  // How many strips of out a CTA takes at a time. With gate and up it is one, for which it reads
+  // one strip of gate and one of up.
   static constexpr bool kIsPaired = RowTile<kEpilogue, Tile::kRows>::kIsPaired;
   static constexpr int kStep = kIsPaired ? 1 : Tile::kRowTiles;
 
-  // Strips [strip, strip_end), kStep at a time; `ring` and `slots` are the warp's own.
+  // Strips [strip, strip_end), kStep at a time. `ring` and `slots` belong to the warp alone.
   __device__ W4Fetcher(const LinearParams& p, const W4Work& work, int strip, int strip_end,
                        uint32_t ring, uint32_t slots)
       : num_pieces_(work.num_pieces), strip_end_(strip_end), is_x_kept_(work.is_x_kept),
@@ -254,7 +265,8 @@ class W4Fetcher {
               threadIdx.x % kWarpSize * 16;
   }
 
-  // Starts to copy a piece, if there is one, and goes on to the next.
+  // Starts to copy a piece, if there is one left, and moves on to the next. It always commits a
+  // group of copies, so that waits can count groups.
   __device__ __forceinline__ void fetch(int stage, bool has_weight, bool has_x) {
     if (strip_ < strip_end_) {
       if (has_weight) fetch_weight(ring_ + stage * Tile::kStageBytes);
@@ -283,7 +295,7 @@ class W4Fetcher {
     const uint32_t to = slots_ + slot * num_tokens_ * Tile::kTokenBytes;
 #pragma unroll
     for (int i = 0; i < Tile::kTokens; i += 2) {
-      // Chunk c of row r lies at c ^ r % 8: the same one of 8 rows in different banks.
+      // Chunk c of row r lies at c ^ r % 8, so the same chunk of 8 rows lies in different banks.
       const uint32_t place = to + (x_to_ ^ (i & 6) * 16) + i * Tile::kTokenBytes;
       if (lane / 16 + i < num_tokens_) cp_async_16(place, from, is_in_k);
       from += 2 * x_stride_;
@@ -293,16 +305,16 @@ class W4Fetcher {
   int num_pieces_, strip_end_;
   bool is_x_kept_, has_all_x_ = false;
   int num_tokens_, k_, strip_ = 0, piece_ = 0;
-  const unsigned char *packed_, *weight_ = nullptr;  // weight_: this lane's
+  const unsigned char *packed_, *weight_ = nullptr;  // weight_ is where this lane reads next
   int64_t strip_bytes_;
   W4PieceCopy<Tile> piece_copy_;
   const uint16_t* x_;
   int64_t x_stride_;
   uint32_t ring_, slots_;
-  uint32_t x_to_;  // of a stage, the 16 bytes of x that this lane brings
+  uint32_t x_to_;  // where this lane's 16 bytes of x go within a slot
 };
 
-// m <= kTokens, k > 0; n and k are ints; `p.weight` as launch_linear_w4a16 says.
+// m <= kTokens and k > 0; n and k fit an int; p.weight is as launch_linear_w4a16 describes it.
 template <class T, Epilogue kEpilogue, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_w4a16_kernel(LinearParams p, W4Work work) {
@@ -330,18 +342,19 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll 1
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetcher.fetch(stage, false, true);
   for (int token = warp; token < num_tokens; token += Tile::kWarps) {
-    const float factor = norm_factor(p, token);  // read behind the first strips' barrier
+    const float factor = norm_factor(p, token);  // read only behind the first strips' barrier
     if (lane == 0) factors[token] = factor;
   }
 
-  uint32_t lane_x[Tile::kTokenTiles];  // in a slot; columns beyond the tokens are not stored
+  // Address within a slot; columns beyond the tokens are not stored.
+  uint32_t lane_x[Tile::kTokenTiles];
 #pragma unroll
   for (int tokens = 0; tokens < Tile::kTokenTiles; ++tokens) {
     const int token = min(8 * tokens + lane % 8, num_tokens - 1);
     lane_x[tokens] = slots + token * Tile::kTokenBytes + (lane / 8 ^ token % 8) * 16;
   }
   constexpr int kPassResults = Tile::kPassTokens * Rows::kColumns;
-  constexpr int kResults = (kPassResults + Tile::kThreads - 1) / Tile::kThreads;  // of a thread
+  constexpr int kResults = (kPassResults + Tile::kThreads - 1) / Tile::kThreads;  // per thread
   static_assert(Tile::kPasses == 1 || kPassResults % Tile::kThreads == 0);
   int stage = 0, buffer = 0, place = threadIdx.x;
   for (int strip = first; strip < strip_end; strip += Fetcher::kStep) {
@@ -357,13 +370,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         results[i].template ask<kEpilogue>(p, column0 + results[i].row, column_end);
       }
     };
-    if (Tile::kPasses == 1) ask(0);  // more have no registers for them yet
+    if (Tile::kPasses == 1) ask(0);  // with several passes there are no registers for this yet
 
     Sums<Tile> sums = {};
 #pragma unroll 1
     for (int piece = warp; piece < work.num_pieces; piece += Tile::kWarps) {
-      cp_async_wait<Tile::kStages - 2>();  // of groups, the first stages have two each
-      __syncwarp();  // all lanes' copies have landed, all have read the stage that is refilled now
+      // Counts copy groups, of which the first stages have two each.
+      cp_async_wait<Tile::kStages - 2>();
+      // All lanes' copies have landed, and all lanes have read the stage that is refilled now.
+      __syncwarp();
       fetcher.fetch(stage == 0 ? Tile::kStages - 1 : stage - 1, true, true);
       const int slot = work.is_x_kept ? piece / Tile::kWarps : stage;
       multiply_piece<T, Tile>(ring + stage * Tile::kStageBytes, lane_x, slot * slot_bytes, sums);
@@ -372,7 +387,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
     for (int pass = 0; pass < Tile::kPasses; ++pass) {
       if (Tile::kPasses > 1) ask(pass);
-      if (Tile::kBuffers == 1) __syncthreads();  // all have read what was there
+      if (Tile::kBuffers == 1) __syncthreads();  // all threads have read the earlier sums
       float* pass_sums = all_sums + buffer * Tile::kSumFloats;
       put_sums<Tile>(pass_sums + warp * Tile::kPassTokens * Tile::kSumStride, pass, num_tokens,
                      sums);
@@ -384,7 +399,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       buffer = (buffer + 1) % Tile::kBuffers;
     }
-    place = (place + kWarpSize) % Tile::kThreads;  // other warps have them in every group
+    place = (place + kWarpSize) % Tile::kThreads;  // results go to other warps for each strip
   }
   cp_async_wait<0>();
 }
@@ -400,7 +415,7 @@ cudaError_t dispatch_group_size(int64_t group_size, Fn&& fn) {
   return cudaErrorInvalidValue;
 }
 
-// Launches for p.m <= kTokens, one CTA an SM.
+// Launches for p.m <= kTokens, with one CTA per SM.
 template <class T, Epilogue kEpilogue, class Tile>
 cudaError_t launch_w4a16_tiled(const LinearParams& p, int num_sms, cudaStream_t stream) {
   constexpr auto kKernel = linear_w4a16_kernel<T, kEpilogue, Tile>;
@@ -412,7 +427,7 @@ cudaError_t launch_w4a16_tiled(const LinearParams& p, int num_sms, cudaStream_t 
                         stream, p, W4Work::of(p, num_ctas, Tile{}));
 }
 
-// By the tiling that Tilings has for the group size.
+// Launches with the tiling that Tilings has for the group size.
 template <template <int> class Tilings>
 cudaError_t launch_w4a16_as(const LinearParams& p, int64_t group_size, int num_sms,
                             cudaStream_t stream) {

@@ -1,14 +1,15 @@
-// linear of 4-bit integers for 1 to 16 rows of x in one pass: few_rows_w4a16.cuh, cut for the
-// shared memory of Hopper.
+// linear with 4-bit integers for 1 to 16 rows of x in one pass: the tile sizes of
+// few_rows_w4a16.cuh for Hopper's shared memory.
 //
-// x of up to 4,096 columns stays there. 16 rows of 14,336 columns are 448 KB: they come with each
-// two strips, which is once to each CTA where there are 4,096 rows of weight, an 8B model's `down`.
+// x of up to 4,096 columns stays in shared memory. 16 rows of 14,336 columns are 448 KB, which do
+// not fit and are read again for each two strips. For the `down` matrix of an 8B model, with 4,096
+// rows of weight, each CTA has two strips at most, so x is still read only once per CTA.
 #include "gpu/linear/few_rows_w4a16.cuh"
 
 namespace pyserve::gpu {
 namespace {
 
-// Rings of 60 to 108 KB, of which all stages but one are on their way.
+// Rings of 60 to 108 KB; all stages but one are in flight.
 template <int kGroupSize>
 using Deep = W4Tiling<kGroupSize, 1, kGroupSize == 32 ? 5 : 6, 227>;
 template <int kGroupSize>

@@ -1,20 +1,22 @@
-// What kernels make of four e4m3 in a word: see pyserve/ops/fp8.py.
+// How kernels widen four e4m3 in a word to 16-bit numbers: see pyserve/ops/fp8.py.
 #pragma once
 
 #include "gpu/core/ptx.cuh"
 
 namespace pyserve::gpu {
 
-// Two pairs of 16-bit numbers, of bytes 0 and 2, and of 1 and 3. Their bits are those of e4m3 at the
-// end of the wider exponent, whose bias makes a number 2^-8 or 2^-120 of itself, denormals included.
-// Of float16 that is left to the scale, kFactor; of bfloat16 an fma takes it back, as float32 sums
-// could not hold what is that small. A NaN counts as 480.
+// Widens the four e4m3 of a word to two pairs of 16-bit numbers: bytes 0 and 2, and bytes 1 and 3.
+// The bits of an e4m3 are moved to the sign, the low end of the wider exponent and the high end of
+// the mantissa. As the exponent's bias differs, the result is 2^-8 (float16) or 2^-120 (bfloat16)
+// times the number, denormals included. For float16 the factor kFactor goes into the scale. For
+// bfloat16 an fma multiplies it back, because float32 sums could not hold such small products. A
+// NaN becomes 480.
 template <class T>
 struct Fp8Numbers;
 
 template <>
 struct Fp8Numbers<__half> {
-  static constexpr int kPlace = 7;  // of the mantissa's last bit
+  static constexpr int kPlace = 7;  // bit of the mantissa's last digit
   static constexpr float kFactor = 256.0f;
   static constexpr uint32_t kMask = 0x3f803f80;
   static __device__ __forceinline__ uint32_t whole(uint32_t pair) { return pair; }
@@ -26,7 +28,7 @@ struct Fp8Numbers<__nv_bfloat16> {
   static constexpr float kFactor = 1.0f;
   static constexpr uint32_t kMask = 0x07f007f0;
   static __device__ __forceinline__ uint32_t whole(uint32_t pair) {
-    return fma_pair<__nv_bfloat16>(pair, 0x7b807b80, 0x80008000);  // 2^120, and -0
+    return fma_pair<__nv_bfloat16>(pair, 0x7b807b80, 0x80008000);  // times 2^120, plus -0
   }
 };
 

@@ -1,4 +1,5 @@
-// How long a product in the frame of gemm_frame.cuh takes on Hopper, from what it has to do.
+// An estimate of how long a product in the frame of gemm_frame.cuh takes on Hopper, computed from
+// its work.
 #pragma once
 
 #include <algorithm>
@@ -8,18 +9,19 @@
 
 namespace pyserve::gpu::gemm {
 
-// Of an H200, as measured: multiplications and bytes of L2 a clock and SM, bytes of memory a clock,
-// clocks beside the products of a tile.
+// Measured on an H200: multiply-adds per clock and SM, bytes from L2 per clock and SM, bytes from
+// memory per clock, and clocks per tile besides the products.
 constexpr double kProducts = 2048 / 1.1, kL2Bytes = 40, kMemoryBytes = 2440, kTileClocks = 2500;
 
 inline int pieces(int64_t whole, int part) {
   return static_cast<int>((whole + part - 1) / part);
 }
 
-// How many clusters, a CTA on an SM, run at a time.
+// How many clusters run at a time, with one CTA per SM.
 inline int num_resident(const Device& device, int cluster) { return device.num_sms / cluster; }
 
-// The longest of three, and a fifth of the next, as they hinder each other; then what nothing hides.
+// The clocks that three resources need. The time is the longest of the three plus a fifth of the
+// second longest, because they hinder each other, plus a fixed time that nothing hides.
 struct Clocks {
   double compute, cache, memory;
 

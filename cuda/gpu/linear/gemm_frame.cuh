@@ -1,16 +1,20 @@
-// The frame of the matrix products by wgmma on Hopper, whatever their weight is made of: which tile
-// (Schedule), a ring of stages in shared memory and who fills it (fill), the kernel.
+// The frame shared by the matrix products by wgmma on Hopper, whatever their weight is made of:
+// which tile comes next (Schedule), a ring of stages in shared memory, the threads that fill it
+// (fill), and the kernel.
 //
-// A CTA computes tiles of out, two threads that fill and kGroups warpgroups that multiply. A cluster is
-// 1 or 2 CTAs: `mates`, which read the same of one operand, of which each brings a share from L2 and
-// sends it to both; or `parts`, which divide k of one tile.
+// A CTA computes tiles of out. Two of its threads fill the ring, each with one operand, and kGroups
+// warpgroups multiply. A cluster is 1 or 2 CTAs. Two CTAs may be `mates`: they compute neighbouring
+// tiles that need the same part of one operand, of which each loads half from L2 and multicasts it
+// to both. Or they may be `parts`: each computes the same tile over half of k, and they exchange
+// sums at the end.
 //
-// A Tile says what the frame does not know: its Args, which begin with gemm::Args; sizes; and
+// A Tile class says what the frame does not know: its sizes, its Args, which begin with gemm::Args,
+// and
 //   place(a, tiles, rank, row, column)           first row and column of the CTA's tile
-//   load_weight(a, ring, block, column, rank)    announces a stage and starts the copies of weight
-//   load_x(a, ring, block, row, rank)
-//   prepare(a, ring)                             by one thread, beside the ring's barriers
-//   compute(a, ring, rank, schedule, release)    by all warpgroups that multiply
+//   load_weight(a, ring, block, column, rank)    announces a stage's bytes and copies the weight
+//   load_x(a, ring, block, row, rank)            copies x
+//   prepare(a, ring)                             one thread initialises more barriers, if needed
+//   compute(a, ring, rank, schedule, release)    run by all warpgroups that multiply
 #pragma once
 
 #include "gpu/core/cluster.cuh"
@@ -30,13 +34,14 @@ struct Args {
   void* out;
   int64_t out_stride;
   const void* bias;
-  int m, n, k;  // n: columns of out
-  int num_row_tiles, num_column_tiles;  // of a cluster
-  int mates = 1, parts = 1;             // one of them is 1
+  int m, n, k;  // n counts columns of out
+  int num_row_tiles, num_column_tiles;  // tiles of a whole cluster
+  int mates = 1, parts = 1;             // at least one of them is 1
   L2Hint weight_hint;
 };
 
-// The ring of stages in shared memory, and a place in it. A stage holds x, then weight.
+// The ring of stages in shared memory, and a position in it. A stage holds x and behind it the
+// weight.
 template <class Tile>
 struct Ring {
   uint32_t base;
@@ -47,13 +52,13 @@ struct Ring {
   __device__ uint32_t weight() const { return x() + Tile::kXBytes; }
   __device__ uint32_t full() const { return full_in(barriers()); }
   __device__ uint32_t empty() const { return empty_in(barriers()); }
-  // Of the barriers that begin at this address, perhaps in another CTA.
+  // The same among barriers that begin at address `first`, which may be in another CTA.
   __device__ uint32_t full_in(uint32_t first) const { return first + place.stage * 16; }
   __device__ uint32_t empty_in(uint32_t first) const { return full_in(first) + 8; }
 };
 
-// Makes the barriers of a ring that nobody has begun to fill; by one thread, before its CTA meets.
-// `a` has `mates`, and the tensor maps that fill it.
+// Initialises the barriers of a ring. One thread calls this before the CTA's first barrier. `a` has
+// `mates` and the tensor maps by which the ring is filled.
 template <class Tile, class Args>
 __device__ __forceinline__ void init_ring(const Args& a, Ring<Tile> ring) {
   prefetch_tensor_map(&a.weight);
@@ -64,7 +69,7 @@ __device__ __forceinline__ void init_ring(const Args& a, Ring<Tile> ring) {
   }
 }
 
-// Encodes a matrix [rows, k] whose copies are box_rows rows of kBoxColumns.
+// Encodes a matrix [rows, k], to be copied in boxes of box_rows rows by kBoxColumns columns.
 constexpr int kBoxColumns = 64;  // 128 bytes
 inline cudaError_t encode_matrix(const void* data, int64_t rows, int64_t k, int64_t stride,
                                  int box_rows, Dtype dtype, CUtensorMap* map) {
@@ -75,8 +80,8 @@ inline cudaError_t encode_matrix(const void* data, int64_t rows, int64_t k, int6
                               dtype, map);
 }
 
-// What the frame is told of a product by tiles of a cluster each, its tensor maps, mates and parts
-// aside.
+// The arguments that the frame needs for a product whose clusters compute num_row_tiles x
+// num_column_tiles tiles. The tensor maps, mates and parts are set by the caller.
 inline Args frame_args(const LinearParams& p, int num_row_tiles, int num_column_tiles) {
   Args a{};
   a.out = p.out;
@@ -91,13 +96,13 @@ inline Args frame_args(const LinearParams& p, int num_row_tiles, int num_column_
   return a;
 }
 
-// The place of a cluster's tile.
+// The indices of a cluster's tile.
 struct Tiles {
   int row_tile, column_tile;
 };
 
-// The tiles of a cluster, one after another: columns run through groups of a few row tiles, so that
-// what the card works on at a time is close to a square.
+// The tiles of a cluster, one after another. The columns run through groups of a few row tiles, so
+// that the tiles which the whole device computes at one time are close to a square.
 struct Schedule {
   int tile, step, count;
 
@@ -117,7 +122,7 @@ struct Schedule {
   }
 };
 
-// The blocks of kDepth in k that are a CTA's: all, or those of its part.
+// The blocks of kDepth columns of k that a CTA multiplies: all of them, or those of its part.
 struct Blocks {
   int first, count;
 };
@@ -130,8 +135,8 @@ __device__ __forceinline__ Blocks blocks_of(const Args& a, int rank) {
   return {rank * most, rank == 0 ? most : all - most};
 }
 
-// Tells those that fill a ring which of its stages are read. Of a warp, lane i < mates tells mate i,
-// whose barriers are at mate_barriers.
+// Signals that a stage has been read, to the CTAs that fill it. In each warp, lane i < mates
+// signals to mate i, whose barriers begin at mate_barriers.
 struct Release {
   uint32_t mate_barriers;
   bool is_releasing;
@@ -141,11 +146,12 @@ struct Release {
   }
 };
 
-// What a thread brings to the stages.
+// Which operand a thread copies.
 enum class Operand { kWeight, kX };
 
 // Fills the ring of the CTA at `rank` of its cluster with one operand. A thread that starts a copy
-// waits until the copy engine has taken it: two warps share what small stages need.
+// waits until the copy engine has accepted it, so two threads, in two warps, share the copies of a
+// stage.
 template <Operand kOperand, class Tile>
 __device__ void fill(const typename Tile::Args& a, Ring<Tile> ring, int rank, Schedule schedule) {
   const Blocks blocks = blocks_of<Tile>(a, rank);
@@ -180,7 +186,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (threadIdx.x < kWarpgroup) {
     if constexpr (Tile::kGroupRegisters != 0) give_registers<Tile::kProducerRegisters>();
     if (threadIdx.x == 0) {
-      // Does not depend on the kernels before this one: begins with as much as the ring holds.
+      // The weight does not depend on the kernels before this one, so this thread does not wait for
+      // them: it begins at once with as much as the ring holds.
       fill<Operand::kWeight>(a, ring, rank, schedule);
     } else {
       pdl_wait();
@@ -198,27 +205,29 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     pdl_wait();
     pdl_launch_dependents();
     Tile::compute(a, ring, rank, schedule, release);
-    // A mate may still send here, or tell what it has read; what the other part sends is all here.
+    // A mate may still write to this CTA's stages or signal here, so this CTA must not end before
+    // it. With parts nothing is left to come: all that the other part sends has been read by now.
     if (a.mates > 1) cluster_sync();
   }
 }
 
-// Between the two parts of k of a tile whose Tile has kExchangeBytes at kExchangeOffset, of half of the
-// sums of all that multiply, and a barrier of what the other part sends, once.
+// Prepares the exchange of sums between the two parts of a tile. The Tile has kExchangeBytes at
+// kExchangeOffset, room for half of the sums of all threads that multiply, and a barrier that
+// counts what the other part sends, once per launch.
 template <class Tile>
 __device__ __forceinline__ void prepare_exchange(const Ring<Tile>& ring) {
   mbarrier_init(ring.base + Tile::kExchangeBarrier, 1);
   mbarrier_arrive_expect(ring.base + Tile::kExchangeBarrier, Tile::kExchangeBytes);
 }
 
-// Sends the other part's half of the sums to it, and adds what it sends to this part's half: that of
-// rank 0 is the first.
+// Sends one half of the sums to the other part, and adds what the other part sends to the half that
+// this part keeps. Rank 0 keeps the first half.
 template <class Tile>
 __device__ __forceinline__ void exchange(const Ring<Tile>& ring, int rank,
                                          const float (&sums)[Tile::kSums],
                                          float (&mine)[Tile::kSums / 2]) {
   constexpr int kHalf = Tile::kSums / 2, kChunks = kHalf / 4;
-  const uint32_t thread = threadIdx.x - kWarpgroup;  // of all that multiply
+  const uint32_t thread = threadIdx.x - kWarpgroup;  // index among all threads that multiply
   const uint32_t place = ring.base + Tile::kExchangeOffset + thread * 16;
   const uint32_t barrier = ring.base + Tile::kExchangeBarrier;
   constexpr uint32_t kChunkBytes = Tile::kGroups * kWarpgroup * 16;
@@ -247,7 +256,8 @@ __device__ __forceinline__ void exchange(const Ring<Tile>& ring, int rank,
   }
 }
 
-// Lane q of four gives word i to lane i and gets its word q: its own inverse.
+// Transposes the 4x4 words of four lanes: lane q gives word i to lane i. Applied twice, it changes
+// nothing.
 __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
   const bool is_odd = threadIdx.x & 1, is_high = threadIdx.x & 2;
   uint32_t a = __shfl_xor_sync(kFullMask, is_odd ? words[0] : words[1], 1);

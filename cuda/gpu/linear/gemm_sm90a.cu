@@ -1,16 +1,18 @@
-// linear_silu_mul for more than 64 rows on Hopper (sm_90a): wgmma on tiles that the copy engine
-// brings, see gemm_sm90a.cuh. With the other epilogues cuBLAS leaves nothing to be fused and is as
-// fast at most shapes (bench/notes.md). Here: the kernel, which tiling a shape gets, the launch.
+// linear_silu_mul for more than 64 rows of x on Hopper (sm_90a), in bfloat16 or float16: wgmma on
+// tiles that TMA brings, see gemm_sm90a.cuh. It exists only for this epilogue: with the others
+// cuBLAS leaves nothing to fuse and is as fast at most shapes (bench/notes.md). This file has the
+// choice of a tiling for a shape, and the launch.
 //
-// The work of 65 to some 200 rows is to stream the weight, of more to multiply. What costs beside
-// that is tiles that do not fill the SMs evenly: so there are several, and estimate_us() tells which
-// is best for a shape. An H200's L2 gives some 9.5 TB/s, which tiles of 128 rows would need all of:
-// where there are two of them, one copy brings the weight to both.
+// From 65 to about 200 rows the work is to stream the weight, with more rows to multiply. The rest
+// of the time is lost where the tiles do not fill the SMs evenly. So there are several tilings, and
+// estimate_us() tells which is best for a shape. An H200's L2 delivers about 9.5 TB/s, all of which
+// tiles of 128 rows would need; with two such tiles in a cluster, one copy brings the weight to
+// both.
 //
-// Numerics: float32 sums over k in blocks of 16, then the epilogue, one rounding. The tiling depends
-// on m, n, k and the device, never on the data: equal calls give equal bits. A row's result may
-// differ between numbers of rows.
-// Floor: 4 n k bytes, or 4 m n k operations.
+// Numerics: float32 sums over k in blocks of 16, then the epilogue, one rounding. The tiling
+// depends on m, n, k and the device, never on the data, so equal calls give equal bits. A row's
+// result may differ between different numbers of rows.
+// Floor: 4 n k bytes, or 4 m n k operations. Figures: dispatch.cu.
 #include "gpu/linear/gemm_sm90a.cuh"
 
 #include <algorithm>
@@ -27,7 +29,7 @@
 namespace pyserve::gpu {
 namespace gemm {
 
-// How a shape is cut: a Tile, and how many of them share the weight.
+// The tile sizes for a shape, and how many CTAs share the weight (mates).
 struct Tiling {
   int groups, columns;
   int mates;
@@ -39,7 +41,7 @@ constexpr auto kTilings = std::to_array<Tiling>({
     {2, 256, 2}, {2, 256, 1}, {2, 224, 2}, {2, 224, 1}, {3, 128, 1},
 });
 
-// Clusters of a tiling for a shape, by rows and by columns.
+// How many clusters a tiling has for a shape, by rows and by columns.
 struct Grid {
   int rows, columns;
 
@@ -47,8 +49,8 @@ struct Grid {
       : rows(pieces(p.m, t.rows() * t.mates)), columns(pieces(p.weight_rows(), t.columns)) {}
 };
 
-// Microseconds that a tiling takes. Fits what an H200 took for 8B matrices at 96 to 2,048 rows to some
-// 5 %.
+// Estimated microseconds of a tiling. It fits what an H200 took for the matrices of an 8B model at
+// 96 to 2,048 rows to about 5 %.
 double estimate_us(const Tiling& t, const LinearParams& p, const Device& device) {
   const Grid grid(t, p);
   const double clusters = static_cast<double>(grid.rows) * grid.columns;
@@ -84,7 +86,7 @@ cudaError_t launch_tile(const LinearParams& p, const Tiling& tiling, const Devic
                                  stream, a);
 }
 
-// The tiling of least estimate, by its place.
+// The index of the tiling with the least estimate.
 size_t best_tiling(const LinearParams& p, const Device& device, double* us) {
   size_t best = 0;
   *us = std::numeric_limits<double>::infinity();
@@ -110,8 +112,9 @@ cudaError_t launch_best(const LinearParams& p, const Device& device, cudaStream_
   return error;
 }
 
-// Microseconds that cuBLAS takes, and silu_mul after it: what it reached on an H200 for 8B matrices,
-// 560 TFLOP/s at 160 rows and up to 750 at 512 and more, where its tiles fit the shape.
+// Estimated microseconds of cuBLAS followed by silu_mul. It rests on what cuBLAS reached on an H200
+// for the matrices of an 8B model: 560 TFLOP/s at 160 rows and up to 750 at 512 and more, where its
+// tiles fit the shape.
 double other_us(const LinearParams& p) {
   const double tflops = std::min(680.0, 480 + 0.65 * p.m);
   const double products = 2e-6 / tflops * p.m * p.weight_rows() * p.k;

@@ -1,17 +1,17 @@
-// linear_silu_mul's matrix product on Hopper, in the frame of gemm_frame.cuh: copies (Tile), products
-// (multiply), results (finish_tile).
+// The tiles of linear_silu_mul on Hopper, in the frame of gemm_frame.cuh: copies (Tile), products
+// (multiply) and results (finish_tile).
 //
-// A CTA computes kRows x kColumns sums, each of kGroups warpgroups 64 rows of them. Mates are tiles of
-// rows that read the same weight.
-// A tile's columns are two halves, of gate rows n0.. and of the up rows of the same columns, so
-// that a thread holds both sums of a result.
+// A CTA computes kRows x kColumns sums; each of its kGroups warpgroups has 64 of the rows. Mates
+// are tiles of different rows that read the same weight. A tile's columns have two halves: gate
+// rows of the weight, and the up rows of the same columns of out, so that a thread holds both sums
+// of a result.
 #pragma once
 
 #include "gpu/linear/gemm_frame.cuh"
 
 namespace pyserve::gpu::gemm {
 
-constexpr int kDepth = kBoxColumns;  // of k, in a stage
+constexpr int kDepth = kBoxColumns;  // columns of k in a stage
 
 template <class T_, int kGroups_, int kColumns_>
 struct Tile {
@@ -24,13 +24,15 @@ struct Tile {
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kOutColumns = kColumns / 2;
   static constexpr int kThreads = kWarpgroup * (kGroups + 1);
-  // Registers of a thread, out of what the launch gives to all; 0: those.
+  // Registers per thread, taken out of what the launch gives to all warps; 0 leaves the number as
+  // launched.
   static constexpr int kProducerRegisters = kGroups == 1 ? 0 : kGroups == 2 ? 40 : 32;
   static constexpr int kGroupRegisters = kGroups == 1 ? 0 : kGroups == 2 ? 232 : 160;
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
   static_assert(kProducerRegisters + kGroups * kGroupRegisters <= (kGroups + 1) * kLaunchRegisters);
-  static constexpr int kSums = kColumns / 2;  // of a thread
-  static constexpr int kOutChunks = kOutColumns / 8;  // two results of each of two rows of a thread
+  static constexpr int kSums = kColumns / 2;  // per thread
+  // Of each chunk of 8 columns a thread has two results in each of two rows.
+  static constexpr int kOutChunks = kOutColumns / 8;
   static constexpr int kXBytes = kRows * kDepth * 2;
   static constexpr int kStageBytes = kXBytes + kColumns * kDepth * 2;
   static constexpr int kStages = (kMaxSmem - 256) / kStageBytes;
@@ -76,7 +78,7 @@ struct Tile {
                                                  Schedule schedule, const Release& release);
 };
 
-// A warpgroup's sums over `count` stages of the ring.
+// Computes a warpgroup's sums over the next `count` stages of the ring.
 template <class Tile>
 __device__ __forceinline__ void multiply(Ring<Tile>& ring, int count, const Release& release,
                                          float (&sums)[Tile::kSums]) {
@@ -102,10 +104,10 @@ __device__ __forceinline__ void multiply(Ring<Tile>& ring, int count, const Rele
   release(before);
 }
 
-// Results of a thread, of four chunks of columns: [row (+ 8)][chunk][column (+ 1)].
+// The results of a thread in four chunks of 8 columns: [row, row + 8][chunk][column, column + 1].
 using Results = float[2][4][2];
 
-// What is stored of a tile: rows below end_row, columns below end_column.
+// Where results are stored: rows below end_row and columns below end_column.
 template <class T>
 struct Target {
   T* out;
@@ -113,7 +115,8 @@ struct Target {
   int end_row, end_column;
 };
 
-// Stores `count` chunks from `column` on, of rows `row` and row + 8.
+// Stores `count` <= 4 chunks from `column` on, of rows `row` and row + 8. Four lanes exchange their
+// pairs so that each stores a whole chunk.
 template <class T>
 __device__ __forceinline__ void store_chunks(const Target<T>& to, int row, int column, int count,
                                              const Results& results) {
@@ -131,7 +134,7 @@ __device__ __forceinline__ void store_chunks(const Target<T>& to, int row, int c
   }
 }
 
-// Bias of two neighbours, zeros where there is none.
+// The biases of two neighbouring columns; zeros where there is none.
 template <class T>
 __device__ __forceinline__ float2 bias_pair(const Args& a, int first, int column) {
   if (a.bias == nullptr || column >= a.n) return {0.0f, 0.0f};
@@ -139,7 +142,7 @@ __device__ __forceinline__ float2 bias_pair(const Args& a, int first, int column
   return unpack_pair<T>(*reinterpret_cast<const uint32_t*>(bias));
 }
 
-// The results of the tile whose first row and column these are.
+// Applies bias and epilogue and stores the tile whose first row and column are given.
 template <class Tile>
 __device__ __forceinline__ void finish_tile(const Args& a, int row, int column,
                                             const float (&sums)[Tile::kSums]) {

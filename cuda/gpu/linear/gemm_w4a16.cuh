@@ -1,25 +1,29 @@
-// The product of 17 rows of x and more with a matrix of 4-bit integers on Hopper, in the frame of
-// gemm_frame.cuh: copies (W4Tile), products (multiply_w4), results (finish_w4).
+// linear with 4-bit integers for more than 16 rows of x on Hopper, in the frame of gemm_frame.cuh:
+// copies (W4Tile), products (multiply_w4) and results (finish_w4). x [m, k] and out [m, n] are
+// bfloat16 or float16.
 //
-// out^T = W x^T: weight is the operand of 64 rows a warpgroup, from registers, and x the columns. The
-// words of a block (pyserve/ops/w4a16.py) are fragments of it but for their width: a warp takes a
-// strip of 16 rows. While four products, of 64 columns of k, are computed, the words of the next four
-// are widened into the other set of registers. A stage is 128 columns: a piece of each strip with its
-// records, as they lie in memory, and two panels of x.
-// With a gate and an up two warps of a warpgroup take a strip of each, and give each other the sums of
-// half of the tokens behind them: 8 rows of each a warp, so that a thread has both sums of a result,
-// were a quarter more instructions.
-// A warp waits for its words, for the products before and for a stage: with two warpgroups an SM does
-// half of what its issue slots allow. So there are up to four, of as many strips, or where a matrix has
-// too few of those, of the same ones: `turns` of them take one stage after the other, each gives its
-// stage back as soon as it is multiplied by, and they add up at the end.
+// It computes out^T = W x^T: the weight is the operand of 64 rows per warpgroup, from registers,
+// and x is the columns. Apart from their width, the words of a block (pyserve/ops/w4a16.py) are
+// fragments of the weight operand: each warp takes a strip of 16 rows. While four products (64
+// columns of k) are computed, the words of the next four are widened into a second set of
+// registers. A stage is 128 columns of k: a piece of each strip with its records, as they lie in
+// memory, and two panels of x. With gate and up, two warps of a warpgroup take a strip of each.
+// After the products each gives the other the sums of half of the tokens, so that a thread has both
+// sums of its results. To give each warp 8 rows of gate and 8 of up instead would take a quarter
+// more instructions. A warp waits for its words, for the products before, and for a stage; with
+// only two warpgroups an SM does half of what its issue slots allow. So there are up to four
+// warpgroups, on as many strips. Where a matrix has too few strips, they work on the same strips
+// instead and take turns: warpgroup t of kTurns takes stages t, t + kTurns, and so on. Each frees
+// its stage as soon as it has multiplied, and their sums are added at the end.
 //
-// Numerics: a weight is (q - z) s, where s is rounded to 16 bits, which those of a checkpoint in this
-// type are, and rounded once: plain numbers are no better. float32 sums over k in blocks of 16; where
-// k is divided, the sum of all turns, and of both parts; then the bias, the epilogue and one rounding.
-// Instructions of a lane for a word: 11 to widen it (float16 9), 4 to scale, beside kTokens / 2 clocks
-// of products; of a warp that is 2 clocks for each of 7 (5) of them and one for the others. With all
-// else a stage takes 190 of a lane (176) where groups are 128, 226 (214) where records may be more.
+// Numerics: a weight is (q - z) s, rounded once, where s is rounded to 16 bits; the scales of a
+// checkpoint in this type have 16 bits already. So the weights are as good as dequantised ones.
+// Sums over k are float32 in blocks of 16; where k is divided, the sums of all turns and of both
+// parts are added. Then come the bias, the epilogue and one rounding.
+// What bounds it: per word, a lane needs 11 instructions to widen it (float16: 9) and 4 to scale
+// it; for a warp, 7 (5) of these take 2 clocks each and the others one. The products take kTokens /
+// 2 clocks per word at the same time. With everything else, a stage takes 190 (176) instructions of
+// a lane with groups of 128, and 226 (214) where there may be more records.
 #pragma once
 
 #include <algorithm>
@@ -30,11 +34,11 @@
 
 namespace pyserve::gpu::gemm {
 
-// How a piece of 128 columns of a strip lies.
+// How a piece (128 columns of a strip) lies in memory.
 struct W4PieceFormat {
   int piece_bytes;
-  // From a block to the next; from the piece to the record of its first 32 columns; and from there to
-  // that of the next block, and of the other half of a block.
+  // In bytes: from one block to the next; from the begin of the piece to the record of its first 32
+  // columns; from there to the record of the next block; and to that of the other half of a block.
   int block_bytes, record_offset, record_block_bytes, record_half_bytes;
 
   __host__ __device__ static constexpr W4PieceFormat of(int64_t group_size) {
@@ -46,21 +50,22 @@ struct W4PieceFormat {
     return {2 * block_bytes, block_bytes, kBlock, block_bytes, half_bytes};
   }
 
-  static constexpr int64_t kWholeGroup = 128;  // whose piece has one record
+  static constexpr int64_t kWholeGroup = 128;  // such a piece has one record
 };
 
 struct W4Args : Args {
   W4PieceFormat format;
-  int x_rows;    // of a tile, up to kTokens, that are brought: others' results are not stored
-  int up_strip;  // where the rows of up begin
+  int x_rows;    // rows of x per tile, up to kTokens; results of other rows are not stored
+  int up_strip;  // the first strip of up
   bool is_adding;
 };
 
-// Bytes of a WorkList, which is aligned as the stages are.
+// Bytes reserved for a WorkList, rounded up so that the stages stay aligned.
 constexpr int kListBytes = 9 * 1024;
 
-// Grouped: of experts, whose CTAs hold a WorkList and divide k in no way. Whole: for groups of 128
-// alone, whose records are widened by once a stage.
+// kIsGrouped: for the experts' products, whose CTAs also hold a WorkList and never divide k.
+// kIsWhole: for groups of 128 only, whose one record per piece is prepared once per stage. kTurns:
+// see above.
 template <class T_, int kGroups_, int kTokens_, bool kIsPaired_, bool kIsGrouped_ = false,
           int kTurns_ = 1, bool kIsWhole_ = false>
 struct W4Tile {
@@ -69,10 +74,10 @@ struct W4Tile {
   static constexpr int kGroups = kGroups_;
   static constexpr int kTokens = kTokens_;  // rows of x
   static constexpr bool kIsPaired = kIsPaired_;
-  static constexpr int kTurns = kTurns_;  // a CTA has one tile where there are several
+  static constexpr int kTurns = kTurns_;  // with several turns a CTA computes only one tile
   static constexpr bool kIsWhole = kIsWhole_;
   static constexpr int kDepth = 128;
-  static constexpr bool kIsLong = kTokens > 128;  // whose sums take half of the registers
+  static constexpr bool kIsLong = kTokens > 128;  // sums take half of the registers
   static constexpr bool kCanDivide = !kIsGrouped_ && !kIsLong;
   static constexpr int kPanels = kDepth / 64;
   static constexpr int kPanelBytes = kTokens * 128;
@@ -80,14 +85,16 @@ struct W4Tile {
   static constexpr int kStrips = kWeightRows / static_cast<int>(kStripRows);
   static constexpr int kOutColumns = kIsPaired ? kWeightRows / 2 : kWeightRows;
   static constexpr int kThreads = kWarpgroup * (kGroups * kTurns + 1);
-  static constexpr bool kHasMany = kGroups * kTurns == 4;  // else the launch gives enough to all
+  // Otherwise the launch gives enough registers to all threads.
+  static constexpr bool kHasMany = kGroups * kTurns == 4;
   static constexpr int kProducerRegisters = kHasMany ? 32 : kIsLong ? 40 : 0;
   static constexpr int kGroupRegisters = kHasMany ? 112 : kIsLong ? 232 : 0;
-  static constexpr int kSums = kTokens / 2;  // of a thread
-  static constexpr int kMaxPieceBytes = 1280;  // in groups of 32
+  static constexpr int kSums = kTokens / 2;  // per thread
+  static constexpr int kMaxPieceBytes = 1280;  // for groups of 32
   static constexpr int kXBytes = kPanels * kPanelBytes;
   static constexpr int kStageBytes = kXBytes + kStrips * kMaxPieceBytes;
-  // Words that a thread may send to another at a time: all, where stages leave the room.
+  // Words that a thread can send to another at a time: all of them, where the stages leave the
+  // room.
   static constexpr int kExchangeWords = !kIsPaired && !kCanDivide ? 0 : kIsLong ? 4 : kSums / 2;
   static constexpr int kExchangeBytes = kGroups * kWarpgroup * kExchangeWords * 4;
   static constexpr int kStages =
@@ -103,7 +110,7 @@ struct W4Tile {
     return kIsWhole ? W4PieceFormat::of(W4PieceFormat::kWholeGroup) : a.format;
   }
 
-  // Of a stage, where gate's strips are before up's: the one that a warp takes.
+  // The strip of a stage that a warp takes. The strips of gate lie before those of up.
   __device__ static int strip_of(int warp) {
     return kIsPaired ? warp / 4 * 2 + warp % 2 + warp / 2 % 2 * (kStrips / 2) : warp;
   }
@@ -143,7 +150,7 @@ struct W4Tile {
                                                  Schedule schedule, const Release& release);
 };
 
-// Where a lane finds its words in a stage's weight, and its first row's records.
+// The offsets of a lane's words, and of the record of its first row, within a stage's weight.
 struct W4Lane {
   uint32_t words, records;
 
@@ -157,7 +164,8 @@ struct W4Lane {
   }
 };
 
-// By what a lane widens the words of a group, of rows g and g + 8 of its fragments.
+// What a lane widens the words of a group with, for rows g and g + 8 of its fragments: the scale
+// and minus the zero point, each twice in a word.
 template <class T>
 struct W4Group {
   uint32_t scales[2], minus[2];
@@ -174,8 +182,8 @@ struct W4Group {
   }
 };
 
-// What a lane reads of a stage: the words of its blocks, one for 16 columns, and the records of rows g
-// and g + 8 for each half of a block, or for all.
+// What a lane reads of a stage: the words of its two blocks, one word for each 16 columns; and the
+// records of rows g and g + 8, one for each half of a block, or one for the whole piece.
 template <class Tile>
 struct W4Stage {
   using T = typename Tile::T;
@@ -200,7 +208,8 @@ struct W4Stage {
     }
   }
 
-  // Of columns [16 s, 16 s + 16) of a block, for s in 0 .. 3: what a product reads. Block 0 is first.
+  // Widens columns [16 s, 16 s + 16) of a block, for s in 0 .. 3, to the operand of four products.
+  // Block 0 must be widened first.
   __device__ __forceinline__ void widen(int block, uint32_t (&rows)[4][4]) {
     constexpr uint32_t kMinusZeros = 0x80008000;
 #pragma unroll
@@ -218,17 +227,18 @@ struct W4Stage {
   }
 };
 
-// A warpgroup's sums over the stages of its turn, of `count` in the ring, whose place is the first.
+// Computes a warpgroup's sums over the stages of its turn, out of the next `count` stages. The ring
+// is already at the first of them.
 template <class Tile>
 __device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, int turn, int count,
                                             const Release& release, float (&sums)[Tile::kSums]) {
   using T = typename Tile::T;
-  if constexpr (Tile::kTurns > 1) {  // there may be more of them than stages
+  if constexpr (Tile::kTurns > 1) {  // a turn may have no stage at all
 #pragma unroll
     for (int i = 0; i < Tile::kSums; ++i) sums[i] = 0.0f;
   }
   const W4Lane lane = W4Lane::of<Tile>(a);
-  uint32_t rows[2][4][4];  // of each of the two blocks: what its four products read
+  uint32_t rows[2][4][4];  // for each of the two blocks: the operand of its four products
   uint32_t before = 0;
 #pragma unroll 1
   for (int i = turn; i < count; i += Tile::kTurns) {
@@ -241,7 +251,8 @@ __device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, i
       wgmma_wait<1>();  // the products that have read these registers are complete
 #pragma unroll
       for (int s = 0; s < 4; ++s) keep_registers(rows[block][s]);
-      if (Tile::kTurns == 1 && block == 1 && i > 0) release(before);  // so are the stage before's
+      // The products of the stage before are complete, too.
+      if (Tile::kTurns == 1 && block == 1 && i > 0) release(before);
       stage.widen(block, rows[block]);
 #pragma unroll
       for (int s = 0; s < 4; ++s) keep_registers(rows[block][s]);
@@ -256,7 +267,8 @@ __device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, i
     }
     before = ring.empty_in(release.mate_barriers);
     if constexpr (Tile::kTurns > 1) {
-      wgmma_wait<0>();  // others multiply meanwhile; the ring is not to wait for this one's next turn
+      // Other warpgroups multiply meanwhile, and the stage should be refilled at once.
+      wgmma_wait<0>();
       keep_registers(sums);
       release(before);
     }
@@ -272,16 +284,16 @@ __device__ __forceinline__ void multiply_w4(const W4Args& a, Ring<Tile>& ring, i
   if constexpr (Tile::kTurns == 1) release(before);
 }
 
-// Adds up the sums of all turns, in the ring, which nobody fills any more: true for the first one's
-// threads, which have them then.
+// Adds up the sums of all turns in the ring's memory, which is no longer filled. Returns true for
+// the threads of the first turn, which have the total then.
 template <class Tile>
 __device__ __forceinline__ bool add_turns(const Ring<Tile>& ring, int turn,
                                           float (&sums)[Tile::kSums]) {
-  constexpr int kThreads = Tile::kGroups * kWarpgroup;  // of a turn
+  constexpr int kThreads = Tile::kGroups * kWarpgroup;  // threads per turn
   constexpr uint32_t kChunkBytes = kThreads * 16, kTurnBytes = Tile::kSums / 4 * kChunkBytes;
   static_assert((Tile::kTurns - 1) * kTurnBytes <= Tile::kStages * Tile::kStageBytes);
   const uint32_t first = ring.base + (threadIdx.x - kWarpgroup) % kThreads * 16;
-  named_barrier_sync(1, Tile::kTurns * kThreads);  // nobody reads stages any more
+  named_barrier_sync(1, Tile::kTurns * kThreads);  // after this no thread reads stages any more
   if (turn > 0) {
 #pragma unroll
     for (int i = 0; i < Tile::kSums / 4; ++i) {
@@ -306,9 +318,9 @@ __device__ __forceinline__ bool add_turns(const Ring<Tile>& ring, int turn,
   return true;
 }
 
-// Of two warps, of a strip of gate and of one of up: gives the other one the sums of half of the
-// tokens, so that both have gate's and up's of the others, gate's warp of the first half. Here: of
-// kPiece of the sums of a half, from `first` on.
+// For two warps, one with a strip of gate and one with the strip of up: each gives the other the
+// sums of half of the tokens. Afterwards gate's warp has both sums for the first half of the tokens
+// and up's warp for the second. One call does this for kPiece sums of each half, from `first` on.
 template <class Tile, int kCount, int kPiece>
 __device__ __forceinline__ void pair_up(const Ring<Tile>& ring, bool is_up,
                                         const float (&sums)[kCount], int first,
@@ -317,12 +329,12 @@ __device__ __forceinline__ void pair_up(const Ring<Tile>& ring, bool is_up,
       kPiece < Tile::kExchangeWords ? kPiece : Tile::kExchangeWords;
   static_assert(kHalf % kPiece == 0 && kPiece % kRound == 0);
   constexpr uint32_t kChunkBytes = Tile::kGroups * kWarpgroup * 16;
-  const uint32_t thread = threadIdx.x - kWarpgroup;  // of all that multiply
+  const uint32_t thread = threadIdx.x - kWarpgroup;  // index among all threads that multiply
   const uint32_t place = ring.base + Tile::kExchangeOffset;
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
 #pragma unroll
   for (int begin = 0; begin < kPiece; begin += kRound) {
-    named_barrier_sync(warpgroup, kWarpgroup);  // what lay there before is read
+    named_barrier_sync(warpgroup, kWarpgroup);  // what was stored there before has been read
 #pragma unroll
     for (int i = 0; i < kRound; i += 4) {
       uint32_t words[4];
@@ -350,19 +362,19 @@ __device__ __forceinline__ void pair_up(const Ring<Tile>& ring, bool is_up,
   }
 }
 
-// The results of rows of out from `row` to end_row, 8 for each 4 sums, in the tile whose first column
-// this is. With a gate and an up `sums` are gate's; else nobody looks at `ups`.
+// Stores the results of rows `row` to end_row - 1 of out, 8 rows for each 4 sums, in the tile whose
+// first column is given. With gate and up, `sums` are those of gate; otherwise `ups` is not read.
 template <class Tile, int kCount>
 __device__ __forceinline__ void store_w4(const W4Args& a, int row, int end_row, int column,
                                          const float (&sums)[kCount], const float (&ups)[kCount]) {
   using T = typename Tile::T;
-  constexpr int kHalves = 2;                     // of a warp's columns, 8 each
-  constexpr int kChunks = kCount / 4 * kHalves;  // of 8 rows and 8 columns
+  constexpr int kHalves = 2;                     // halves of a warp's columns, 8 columns each
+  constexpr int kChunks = kCount / 4 * kHalves;  // chunks of 8 rows by 8 columns
   constexpr int kOutStrips = Tile::kOutColumns / static_cast<int>(kStripRows);
   const int warp = threadIdx.x / kWarpSize - 4, lane = threadIdx.x % kWarpSize, quad = lane % 4;
   column += Tile::strip_of(warp) % kOutStrips * static_cast<int>(kStripRows);
-  // A lane computes columns lane / 4 of chunks, for two rows each; it loads and stores a row of chunk
-  // first + quad.
+  // A lane computes column lane / 4 of each chunk, for two rows. After the transposes it loads and
+  // stores one row of chunk first + quad.
   const T* bias = static_cast<const T*>(a.bias);
   float biases[kHalves] = {}, up_biases[kHalves] = {};
 #pragma unroll
@@ -393,7 +405,7 @@ __device__ __forceinline__ void store_w4(const W4Args& a, int row, int end_row, 
     for (int i = 0; i < 4; ++i) {
       if (first + i >= kChunks) continue;
       const int half = i % kHalves, sum = (first + i) / kHalves * 4 + 2 * half;
-      const float2 others = unpack_pair<T>(words[i]);  // zeros where nothing is added to
+      const float2 others = unpack_pair<T>(words[i]);  // zeros where nothing is added
       float pair[2] = {sums[sum] + biases[half], sums[sum + 1] + biases[half]};
       if constexpr (Tile::kIsPaired) {
         pair[0] = finish<Epilogue::kSiluMul>(pair[0], ups[sum] + up_biases[half]);
@@ -409,12 +421,12 @@ __device__ __forceinline__ void store_w4(const W4Args& a, int row, int end_row, 
   }
 }
 
-// The same from the sums of each warp's strip.
+// Stores the results, given the sums of each warp's strip.
 template <class Tile, int kCount>
 __device__ __forceinline__ void finish_w4(const W4Args& a, const Ring<Tile>& ring, int row,
                                           int end_row, int column, const float (&sums)[kCount]) {
   if constexpr (Tile::kIsPaired) {
-    constexpr int kHalf = kCount / 2, kPiece = kHalf < 32 ? kHalf : 32;  // as registers allow
+    constexpr int kHalf = kCount / 2, kPiece = kHalf < 32 ? kHalf : 32;  // what registers allow
     const int is_up = threadIdx.x / 64 % 2;
 #pragma unroll
     for (int first = 0; first < kHalf; first += kPiece) {
@@ -433,7 +445,8 @@ __device__ __forceinline__ void
 W4Tile<T_, kGroups_, kTokens_, kIsPaired_, kIsGrouped_, kTurns_, kIsWhole_>::compute(
     const Args& a, Ring<W4Tile> ring, int rank, Schedule schedule, const Release& release) {
   const int count = blocks_of<W4Tile>(a, rank).count;
-  // A shuffle, so that the compiler knows a warp's to be one number, and so where its stages are.
+  // A shuffle, because the compiler then knows that the turn, and so the address of the stages, is
+  // the same for a whole warp.
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup - 1;
   const int turn = kTurns == 1 ? 0 : __shfl_sync(kFullMask, warpgroup / kGroups, 0);
   ring.place.advance(turn);

@@ -1,13 +1,15 @@
-// linear of 4-bit integers for more than 16 rows on Hopper (sm_90a): gemm_w4a16.cuh. Here: which tiling
-// a shape gets, the launch.
+// linear with 4-bit integers for more than 16 rows on Hopper (sm_90a): see gemm_w4a16.cuh. This
+// file has the choice of a tiling for a shape, and the launch.
 //
-// What a warpgroup does is to widen integers, whatever x has of rows, until 128 of those keep the
-// products busy; with 256, of a prompt, it widens half as often. Where tiles of weight rows are too few
-// for the SMs, two parts divide k, and where they have few rows, warpgroups take turns.
+// A warpgroup spends its time widening integers, however many rows x has, until about 128 rows keep
+// the products busy; with 256, as in a prompt, it widens half as often. Where there are too few
+// tiles of weight rows for the SMs, two parts divide k; where tiles have few rows of weight,
+// warpgroups take turns.
 //
-// Numerics: the tiling depends on m, n, k and the device, never on the data: equal calls give equal
-// bits. A row's result may differ between numbers of rows.
-// Floor: 4.25 bits of weight and 4 bytes of x and of out an element, or 2 m n k operations.
+// Numerics: the tiling depends on m, n, k and the device, never on the data, so equal calls give
+// equal bits. A row's result may differ between different numbers of rows.
+// Floor: 4.25 bits per element of the weight, 2 bytes per element of x and of out; or 2 m n k
+// operations.
 #include "gpu/linear/gemm_w4a16.cuh"
 
 #include <array>
@@ -23,22 +25,24 @@ namespace pyserve::gpu {
 namespace gemm {
 namespace {
 
-// A W4Tile; the CTAs of a cluster, which divide k, and the warpgroups that take turns.
+// The parameters of a W4Tile, the CTAs of a cluster that divide k, and the warpgroups that take
+// turns.
 struct W4Tiling {
   int groups, tokens;
   int parts = 1, turns = 1;
 
   constexpr int rows() const { return 64 * groups; }
-  // That a tile brings: all tiles alike, so that few are beyond the last one, of which copies are slow.
+  // The rows of x that a tile loads. They are the same for all tiles, so that few rows lie beyond
+  // the last one of x, whose copies are slow.
   constexpr int rows_of_x(int64_t m) const {
     const int64_t num_tiles = (m + tokens - 1) / tokens, rows = (m + num_tiles - 1) / num_tiles;
     return static_cast<int>((rows + 7) / 8 * 8);
   }
-  // Whether a CTA has one tile: those that divide k meet once.
+  // Whether a CTA has only one tile: parts and turns exchange sums once per launch.
   constexpr bool is_once() const { return parts * turns > 1; }
 };
 
-// A number in LinearTrial is a place in this list, from 1 on.
+// LinearTrial counts the tilings of this list from 1.
 constexpr auto kW4Tilings = std::to_array<W4Tiling>({
     {1, 32}, {1, 32, 2}, {2, 32}, {2, 32, 2}, {4, 32},
     {1, 64}, {1, 64, 2}, {2, 64}, {2, 64, 2}, {4, 64},
@@ -49,10 +53,11 @@ constexpr auto kW4Tilings = std::to_array<W4Tiling>({
 
 static_assert(kW4Tilings.size() == kNumW4Tilings);
 
-// Whether there is a kernel: turns are for matrices of few rows, which gate and up are not.
+// Whether there is a kernel for this tiling. Turns are for matrices with few rows, which gate and
+// up never are.
 constexpr bool has_kernel(const W4Tiling& t, bool is_paired) { return !is_paired || t.turns == 1; }
 
-// Clusters of a tiling for a shape, by rows of x and by columns.
+// How many clusters a tiling has for a shape, by rows of x and by columns of out.
 struct W4Grid {
   int rows, columns;
 
@@ -61,24 +66,25 @@ struct W4Grid {
   int clusters() const { return rows * columns; }
 };
 
-// Microseconds that a tiling takes: fitted to what all of them took of 8B shapes at 17 to 512 rows on an
-// H200 (`bench.ops --only int4_tilings`), within 3 % on average. bench/notes.md says what it loses.
+// Estimated microseconds of a tiling. It is fitted to what all tilings took on an H200 for the
+// shapes of an 8B model at 17 to 512 rows (`bench.ops --only int4_tilings`), within 3 % on average.
+// bench/notes.md says how much time wrong choices cost.
 double estimate_us(const W4Tiling& t, const LinearParams& p, const Device& device) {
   constexpr double kMemoryKilobytesPerUs = 4200;
-  constexpr double kKilobytes = 17.0 / 32 / 1000;  // of a weight, in groups of 128
+  constexpr double kKilobytes = 17.0 / 32 / 1000;  // per weight, in groups of 128
   constexpr int kDepth = 128;
   const W4Grid grid(t, p);
   const int waves = pieces(grid.clusters(), num_resident(device, t.parts));
   const int stages = pieces(pieces(p.k, kDepth), t.parts);
-  // What warpgroups share of a stage, and what each adds. Of 256 rows: not measured yet, the products
-  // of twice 128.
+  // The time per stage: what the warpgroups share, and what each adds. For 256 rows it is not
+  // measured yet, but taken as twice the products of 128.
   double stage_us = t.turns > 1      ? (t.tokens == 64 ? 0.22 : 0.19)
                     : t.tokens >= 128 ? 0.085 + 0.3 * t.groups * (t.tokens / 128)
                     : t.tokens == 64  ? 0.09 + 0.17 * t.groups
                                       : 0.12 + 0.125 * t.groups;
-  // SMs that multiply slow each other down.
+  // SMs that multiply at the same time slow each other down.
   stage_us *= 1 + 0.15 * std::min(1.0, 1.0 * grid.clusters() * t.parts / device.num_sms);
-  // A row of a box that is beyond the last one of x takes longer than others.
+  // A row of a box that lies beyond the last row of x takes longer to copy than others.
   const double rows_beyond = 1.0 * grid.rows * t.rows_of_x(p.m) - p.m;
   stage_us = std::max(stage_us, 0.0103 * rows_beyond);
   const double ends_us = 2.0 + (t.parts > 1 ? 0.5 : 0.0) + (t.turns > 1 ? 0.3 : 0.0) +
@@ -127,7 +133,7 @@ cudaError_t launch_tile(const LinearParams& p, int64_t group_size, const W4Tilin
                                  stream, a);
 }
 
-// The place of the tiling of least estimate.
+// The index of the tiling that a trial asks for, else of the one with the least estimate.
 size_t best_tiling(const LinearParams& p, const Device& device) {
   const bool is_paired = p.epilogue == Epilogue::kSiluMul;
   const int asked = linear_trial().w4a16_tiling;
@@ -152,7 +158,7 @@ cudaError_t launch_best(const LinearParams& p, int64_t group_size, const Device&
   auto launch_if = [&]<size_t kI>(std::integral_constant<size_t, kI>) {
     constexpr W4Tiling kTiling = kW4Tilings[kI];
     if constexpr (has_kernel(kTiling, kIsPaired)) {
-      // With 128 rows of x products bind, so that one kernel serves all groups.
+      // With 128 rows of x the products are the bottleneck, so one kernel serves all group sizes.
       using OneTile = W4Tile<T, kTiling.groups, kTiling.tokens, kIsPaired, false, kTiling.turns,
                              kIsWhole && kTiling.tokens < 128>;
       if (kI == best) error = launch_tile<OneTile>(p, group_size, kTiling, device, stream);

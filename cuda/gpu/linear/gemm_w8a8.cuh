@@ -1,18 +1,19 @@
-// The product of 8-bit floats by 8-bit floats on Hopper, in the frame of gemm_frame.cuh: copies
-// (W8Tile), products (multiply_w8), results (finish_w8).
+// linear with e4m3 weights and x rounded to e4m3, on Hopper, in the frame of gemm_frame.cuh: copies
+// (W8Tile), products (multiply_w8) and results (finish_w8). out [m, n] is bfloat16 or float16.
 //
-// Rows of x are the operand of 64 rows a warpgroup, which takes kWaves of them one after the other;
-// weight rows are the columns, in halves: with a gate and an up one of each, so that a thread has both
-// sums of a result. Mates are tiles of rows that read the same weight.
-// A stage is 128 columns of k, which share scales: their sums are scaled and added to others in
-// registers while the other warpgroup's products are computed, so that a thread has kWaves + 1 sets of
-// sums. The scales of a stage are read a stage ahead: of x one a row, of weight one for a half; where
-// they are of whole rows of weight, when all is summed up.
+// Rows of x are the operand of 64 rows per warpgroup; a warpgroup takes kWaves such blocks of 64
+// rows (waves) one after the other. Weight rows are the columns, in two halves; with gate and up
+// these are one of each, so that a thread has both sums of a result. Mates are tiles of different
+// rows that read the same weight. A stage is 128 columns of k, which share scales. Its products are
+// scaled and added to the sums in registers while the other warpgroup's products are computed; a
+// thread holds kWaves sets of sums and one set of products. The scales of a stage are read one
+// stage ahead: for x one per row, for the weight one per half of the tile. Where the weight's
+// scales are per row, they are applied once, at the end.
 //
-// Numerics: sums over 128 of k as wgmma_e4m3 has them, the others in float32; then the scale of a row
-// of weight, bias, the epilogue and one rounding.
-// A stage and wave of a warpgroup: 2 kColumns clocks of products, kColumns / 2 instructions of each
-// of its warps to add them up and some 40 beside.
+// Numerics: sums over 128 columns of k are as precise as wgmma_e4m3 makes them, all others are
+// float32; then come the weight's scale per row, the bias, the epilogue and one rounding.
+// What bounds it, per stage and wave of a warpgroup: 2 kColumns clocks of products; each of its
+// warps issues kColumns / 2 instructions to add them up and about 40 others.
 #pragma once
 
 #include "gpu/linear/gemm_frame.cuh"
@@ -22,11 +23,12 @@
 namespace pyserve::gpu::gemm {
 
 struct W8Args : Args {
-  const float* x_scales;  // [groups, m]
+  const float* x_scales;  // [groups of columns, m]
   Fp8Scale scale;
   int last_scale_row;
-  bool is_block;   // whether scales are of 128 columns
-  int scale_step;  // else from a row's scale to the next: 1, or 0 where one is of all
+  bool is_block;   // whether the weight has a scale for each 128 columns
+  // Else the distance between the scales of neighbouring rows: 1, or 0 for one scale.
+  int scale_step;
   bool is_adding;
 };
 
@@ -46,7 +48,7 @@ struct W8Tile {
   static constexpr int kThreads = kWarpgroup * (kGroups + 1);
   static constexpr int kProducerRegisters = kGroups == 1 ? 0 : 40;
   static constexpr int kGroupRegisters = kGroups == 1 ? 0 : 232;
-  static constexpr int kSums = kColumns / 2;  // of a thread and wave
+  static constexpr int kSums = kColumns / 2;  // per thread and wave
   static constexpr int kHalves = 2, kHalfColumns = kColumns / kHalves;
   static constexpr int kXBytes = kRows * kDepth;
   static constexpr int kStageBytes = kXBytes + kColumns * kDepth;
@@ -80,7 +82,7 @@ struct W8Tile {
     }
   }
 
-  // The first row of weight of a half of the tile whose first column of out this is.
+  // The first weight row of a half of the tile whose first column of out is `column`.
   __device__ __forceinline__ static int half_row(const Args& a, int column, int half) {
     return column + half * (kIsPaired ? a.n : kHalfColumns);
   }
@@ -98,14 +100,14 @@ struct W8Tile {
                                                  Schedule schedule, const Release& release);
 };
 
-// The scales of a block of k that a thread's sums are multiplied by.
+// The scales that apply to a thread's products of one block of k.
 template <class Tile>
 struct W8Scales {
   float x[Tile::kWaves][2];  // of rows r and r + 8 of its fragments
   float weight[Tile::kHalves];
 };
 
-// Where a thread finds them in a tile.
+// Where a thread finds its scales for a tile.
 template <class Tile>
 struct W8Place {
   int rows[Tile::kWaves][2];
@@ -141,7 +143,7 @@ struct W8Place {
   }
 };
 
-// A warpgroup's sums over the stages of the ring that are these blocks.
+// Computes a warpgroup's sums over the next stages of the ring, which hold these blocks.
 template <class Tile>
 __device__ __forceinline__ void multiply_w8(const W8Args& a, Ring<Tile>& ring, Blocks blocks,
                                             const W8Place<Tile>& place, const Release& release,
@@ -192,11 +194,12 @@ __device__ __forceinline__ void multiply_w8(const W8Args& a, Ring<Tile>& ring, B
   }
 }
 
-// What sums of two neighbouring rows of weight become before they are added to anything.
+// Scales the sums of two neighbouring weight rows and adds their biases.
 struct PairEnd {
   float2 scale, bias;
 
-  // Of rows first + column on, where scales are of rows.
+  // For weight rows first + column and the next one. The scales are 1 where the weight's are per
+  // block and already applied.
   template <class T>
   __device__ __forceinline__ static PairEnd of(const W8Args& a, int first, int column) {
     PairEnd end{{1.0f, 1.0f}, bias_pair<T>(a, first, column)};
@@ -212,7 +215,7 @@ struct PairEnd {
   }
 };
 
-// Adds what stands in out to four chunks from `column` on, of rows `row` and row + 8.
+// Adds what out holds to the results of four chunks from `column` on, of rows `row` and row + 8.
 template <class T>
 __device__ __forceinline__ void add_chunks(const Target<T>& to, int row, int column,
                                            Results& results) {
@@ -235,8 +238,8 @@ __device__ __forceinline__ void add_chunks(const Target<T>& to, int row, int col
   }
 }
 
-// The results of 64 rows, of which `row` is the thread's first, in the tile or the half of one whose
-// first column this is.
+// Finishes and stores the results of 64 rows. `row` is the thread's first row; `column` is the
+// first column of out of the tile, or of the half that the sums are for.
 template <class Tile, int kCount>
 __device__ __forceinline__ void finish_w8(const W8Args& a, int row, int column,
                                           const float (&sums)[kCount]) {

@@ -1,11 +1,11 @@
-// linear of 8-bit floats by rows of x rounded to them, on Hopper (sm_90a): quantise_rows.cuh, then
-// gemm_w8a8.cuh. Here: which tiling a shape gets, the launches.
+// linear with e4m3 weights and x rounded to e4m3, on Hopper (sm_90a): quantise_rows.cuh, then
+// gemm_w8a8.cuh. This file has the choice of a tiling for a shape, and the launches.
 //
-// Numerics: the tiling depends on m, n, k and the device, never on the data: equal calls give equal
-// bits. All tilings that do not divide k add up in one order, so that a row's result differs between
-// numbers of rows only where one of them is divided.
-// Floor: a byte of weight and 4 of x and 2 of out an element, or 2 m n k operations at twice the rate
-// of 16 bits.
+// Numerics: the tiling depends on m, n, k and the device, never on the data, so equal calls give
+// equal bits. All tilings that do not divide k add in the same order, so a row's result differs
+// between numbers of rows only where one of them divides k.
+// Floor: 1 byte per element of the weight, 4 of x and 2 of out; or 2 m n k operations at twice the
+// rate of 16 bits.
 #include "gpu/linear/gemm_w8a8.cuh"
 
 #include <array>
@@ -23,7 +23,8 @@ namespace pyserve::gpu {
 namespace gemm {
 namespace {
 
-// A W8Tile, and the CTAs of a cluster, which share the weight or divide k.
+// The parameters of a W8Tile, and the CTAs of a cluster, which share the weight (mates) or divide k
+// (parts).
 struct W8Tiling {
   int groups, waves, columns;
   int mates = 1, parts = 1;
@@ -32,7 +33,7 @@ struct W8Tiling {
   constexpr int cluster() const { return mates * parts; }
 };
 
-// A number in LinearTrial is a place in this list, from 1 on.
+// LinearTrial counts the tilings of this list from 1.
 constexpr auto kW8Tilings = std::to_array<W8Tiling>({
     {1, 1, 64}, {1, 1, 64, 1, 2}, {1, 1, 128}, {1, 1, 128, 1, 2}, {2, 1, 64},
     {2, 1, 128}, {2, 1, 128, 2}, {2, 2, 128}, {2, 2, 128, 2},
@@ -40,7 +41,7 @@ constexpr auto kW8Tilings = std::to_array<W8Tiling>({
 
 static_assert(kW8Tilings.size() == kNumW8Tilings);
 
-// Clusters of a tiling for a shape, by rows and by columns.
+// How many clusters a tiling has for a shape, by rows and by columns.
 struct W8Grid {
   int rows, columns;
 
@@ -49,7 +50,8 @@ struct W8Grid {
   int clusters() const { return rows * columns; }
 };
 
-// Of 128 columns, and of so many rows that half a tile has one.
+// Whether the scales are for 128 columns, and for so many rows that each half of a tile has only
+// one.
 bool has_block_scales(const LinearParams& p, const Fp8Scale& scale) {
   constexpr int kStep = 64;
   return scale.columns == kW8GroupColumns && scale.rows % kStep == 0 &&
@@ -60,12 +62,13 @@ bool has_row_scales(const LinearParams& p, const Fp8Scale& scale) {
   return scale.num_groups == 1 && (scale.rows == 1 || scale.rows >= p.weight_rows());
 }
 
-// What is divided has something to do in both parts.
+// Whether both parts have work if k is divided.
 bool can_divide(const LinearParams& p) {
   return p.epilogue != Epilogue::kSiluMul && p.k > 2 * kW8GroupColumns;
 }
 
-// Microseconds that a tiling takes: counted, not yet measured. One warpgroup waits while it adds up.
+// Estimated microseconds of a tiling; these are counted, not measured yet. A CTA with one warpgroup
+// does not multiply while it adds up, which is kAddClocks.
 double estimate_us(const W8Tiling& t, const LinearParams& p, const Device& device) {
   constexpr double kW8Products = 4096 / 1.25, kAddClocks = 120, kExchangeClocks = 3000;
   constexpr double kSmBytes = 50;
@@ -78,14 +81,14 @@ double estimate_us(const W8Tiling& t, const LinearParams& p, const Device& devic
   return Clocks{
       .compute =
           waves * (stages * stage_clocks + kTileClocks + (t.parts > 1 ? kExchangeClocks : 0)),
-      // All SMs' share of L2, or what one of them takes in.
+      // Either all SMs together use up L2's rate, or one SM uses up what it can take in.
       .cache = std::max(clusters * t.cluster() / (kL2Bytes * device.num_sms), waves / kSmBytes) *
                stages * stage_bytes,
       .memory = static_cast<double>(p.weight_rows() * p.k) / kMemoryBytes,
   }.us();
 }
 
-// x and its scales, in scratch.
+// x rounded to e4m3 and its scales, in scratch.
 struct RoundedRows {
   uint8_t* x;
   float* scales;
@@ -127,7 +130,7 @@ cudaError_t launch_tile(const LinearParams& p, const Fp8Scale& scale, const Roun
                        &a.weight);
   if (error != cudaSuccess) return error;
   const int cluster = tiling.cluster();
-  // Parts meet once: each cluster of them has one tile.
+  // Parts exchange sums once, so each of their clusters has one tile.
   const int num_clusters = tiling.parts > 1
                                ? grid.clusters()
                                : std::min(grid.clusters(), num_resident(device, cluster));
@@ -136,7 +139,8 @@ cudaError_t launch_tile(const LinearParams& p, const Fp8Scale& scale, const Roun
                                  stream, a);
 }
 
-// The place of the tiling that is asked for and can, else that of least estimate.
+// The index of the tiling that a trial asks for, if it can serve this shape; else of the one with
+// the least estimate.
 size_t best_w8_tiling(const LinearParams& p, const Device& device) {
   const int asked = linear_trial().w8a8_tiling;
   const auto can = [&](const W8Tiling& t) { return t.parts == 1 || can_divide(p); };

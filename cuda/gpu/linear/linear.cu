@@ -1,6 +1,7 @@
-// linear for up to 8 rows of x in one pass over the weight: few_rows.cuh, cut for every card. More
-// rows take several passes, on Hopper of up to 32 rows each (few_rows_sm90a.cu). Rows that are not
-// 16-byte aligned take a plain kernel, one warp a result.
+// linear for few rows of x in any build: the tile sizes of few_rows.cuh for up to 8 rows per pass
+// over the weight on all devices, and the loop over passes. On Hopper a pass has up to 32 rows
+// (few_rows_sm90a.cu). Rows that are not aligned to 16 bytes go to a plain kernel with one warp per
+// result.
 #include "gpu/linear/few_rows.cuh"
 
 #include "gpu/linear/few_rows_sm90a.h"
@@ -9,7 +10,7 @@
 namespace pyserve::gpu {
 namespace {
 
-// One warp a result; any alignment and any k.
+// One warp per result; any alignment and any k.
 template <class T, Epilogue kEpilogue>
 __global__ void __launch_bounds__(256) linear_plain_kernel(LinearParams p) {
   pdl_wait();
@@ -42,7 +43,7 @@ __global__ void __launch_bounds__(256) linear_plain_kernel(LinearParams p) {
 template <class T, Epilogue kEpilogue, int kTokens>
 cudaError_t launch_tokens(const LinearParams& p, const Device& device, cudaStream_t stream) {
   using Deep = Tiling<1, kTokens == 1 ? 10 : kTokens == 4 ? 9 : 8, kTokens>;
-  using Small = Tiling<1, 3, kTokens>;  // what fits 99 KB: GDDR needs far less in flight
+  using Small = Tiling<1, 3, kTokens>;  // fits 99 KB; GDDR memory needs far fewer bytes in flight
   static_assert(Deep::kSmem <= 227 * 1024 && Small::kSmem <= 99 * 1024);
   if (device.smem_per_block >= Tiling<1, 8, 8>::kSmem) {
     return launch_tiled<T, kEpilogue, Deep>(p, device.num_sms, stream);
@@ -50,7 +51,7 @@ cudaError_t launch_tokens(const LinearParams& p, const Device& device, cudaStrea
   return launch_tiled<T, kEpilogue, Small>(p, device.num_sms, stream);
 }
 
-// Of at most max_pass_rows rows.
+// For at most max_pass_rows rows of x.
 template <class T, Epilogue kEpilogue>
 cudaError_t launch_pass(const LinearParams& p, const Device& device, cudaStream_t stream) {
   if (p.m == 1) return launch_tokens<T, kEpilogue, 1>(p, device, stream);

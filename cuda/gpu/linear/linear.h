@@ -1,4 +1,4 @@
-// linear on CUDA: out[t, j] = sum over i of x[t, i] * weight[j, i], plus bias[j]; or what an
+// linear on CUDA: out[t, j] = sum over i of x[t, i] * weight[j, i], plus bias[j], or what an
 // epilogue makes of these sums.
 #pragma once
 
@@ -25,11 +25,13 @@ struct LinearParams {
   Dtype dtype;  // 16 bits
   Epilogue epilogue = Epilogue::kStore;
 
-  // The norm before, as a factor of the sums (common/epilogue.h): by the kernels for few rows alone.
+  // The RMSNorm in front, as a factor of the sums (common/epilogue.h). Only the kernels for few
+  // rows have it.
   const float* x_squares = nullptr;  // [m, num_squares(k)], or null
   int64_t x_squares_stride = 0;
   float eps = 0.0f;
-  // With kAdd, the norm that follows: by them alone, k and rows aligned.
+  // With kAdd, the RMSNorm that follows. Only the kernels for few rows have it, and only with k and
+  // rows aligned.
   const void* norm_weight = nullptr;  // [n], or null
   void* scaled = nullptr;             // [m, n]
   int64_t scaled_stride = 0;
@@ -38,7 +40,7 @@ struct LinearParams {
 
   bool has_norm() const { return x_squares != nullptr || norm_weight != nullptr; }
 
-  // For rows of x from `row` on; those behind them are still counted in m.
+  // The same for rows of x from `row` on. m is not reduced.
   LinearParams from_row(int64_t row) const {
     LinearParams p = *this;
     p.x = static_cast<const uint16_t*>(x) + row * x_stride;
@@ -54,11 +56,12 @@ struct LinearParams {
   int64_t weight_rows() const { return rows_per_column(epilogue) * n; }
 };
 
-// By the kernel that dispatch.h chooses. Any shape, alignment and number of rows; out overlaps none
-// of the other tensors.
+// Launches the kernel that dispatch.h chooses. Any shape, alignment and number of rows; out
+// overlaps none of the other tensors.
 cudaError_t launch_linear(const LinearParams& params, cudaStream_t stream);
 
-// linear.cu; m and n are not 0. Any alignment, made for m <= 8, on Hopper 32.
+// In linear.cu; m and n are not 0. It takes any alignment and number of rows, but is made for m <=
+// 8, on Hopper 32.
 cudaError_t launch_few_rows(const LinearParams& params, cudaStream_t stream);
 
 }  // namespace pyserve::gpu

@@ -1,8 +1,8 @@
-// Rows of x as 8-bit floats, with a scale for each token and 128 columns: what gemm_w8a8.cuh
-// multiplies. 16 threads have a group, 8 columns each.
-// Floor: bytes, 16 bits read and 8 written an element, which mostly stay in L2.
-// Numerics: a scale is the largest of its group / 448, in float32, so that this becomes 448; an element
-// is multiplied by 448 / largest and rounded to nearest.
+// Rounds rows of x [m, k], bfloat16 or float16, to e4m3 with one scale per row and 128 columns, for
+// gemm_w8a8.cuh. 16 threads take a group of 128 columns, 8 columns each.
+// Bound by bytes: 16 bits read and 8 written per element, which mostly stay in L2.
+// Numerics: a group's scale is its largest magnitude / 448 in float32, so that the largest becomes
+// 448; each element is multiplied by 448 / largest and rounded to nearest.
 #pragma once
 
 #include "gpu/core/e4m3.cuh"
@@ -26,7 +26,7 @@ struct QuantiseRowsParams {
 
 template <class T>
 __global__ void __launch_bounds__(kQuantiseThreads) quantise_rows_kernel(QuantiseRowsParams p) {
-  constexpr float kMax = 448.0f, kLeast = 0x1p-100f;  // so that no quotient is infinite
+  constexpr float kMax = 448.0f, kLeast = 0x1p-100f;  // kLeast keeps the quotient finite
   const int64_t index = (int64_t{blockIdx.x} * kQuantiseThreads + threadIdx.x) / kGroupThreads;
   const int64_t row = index / p.num_groups;
   const int group = static_cast<int>(index % p.num_groups);

@@ -1,4 +1,4 @@
-// W4A16 on CUDA: matrices of 4-bit integers, which lie as pyserve/ops/w4a16.py says.
+// Linears with 4-bit integers (W4A16) on CUDA; the weights are laid out as in pyserve/ops/w4a16.py.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -24,21 +24,21 @@ struct DequantiseW4Params {
 
 cudaError_t launch_dequantise_w4a16(const DequantiseW4Params& params, cudaStream_t stream);
 
-// linear and its epilogues. Of params `weight` is packed and weight_stride the words of a strip; k is
-// not 0, x and weight are aligned to 16 bytes and so are the rows of x; with kSiluMul n is a multiple of
-// 16. By few_rows_w4a16.cuh, which takes more than 32 rows, on Hopper 16, in several passes; on Hopper
-// by gemm_w4a16_sm90a.cu where m is more, it can, and a LinearTrial asks for it.
+// linear and its epilogues. In params, `weight` is packed and weight_stride is the number of words
+// of a strip. k is not 0; x, its rows and weight are aligned to 16 bytes; with kSiluMul n is a
+// multiple of 16. few_rows_w4a16.cuh takes up to 32 rows per pass, on Hopper 16. For more than 16
+// rows on Hopper, gemm_w4a16_sm90a.cu is used where it can serve them.
 cudaError_t launch_linear_w4a16(const LinearParams& params, int64_t group_size,
                                 cudaStream_t stream);
 
-// few_rows_w4a16_sm90a.cu, which only builds for sm_90a have: up to 16 rows.
+// In few_rows_w4a16_sm90a.cu, which exists only in builds for sm_90a: up to 16 rows.
 constexpr int64_t kMaxW4RowsSm90a = 16;
 cudaError_t launch_linear_w4a16_sm90a(const LinearParams& params, int64_t group_size,
                                       const Device& device, cudaStream_t stream);
 
-// gemm_w4a16_sm90a.cu, likewise: any number of rows, where it can.
+// In gemm_w4a16_sm90a.cu, likewise: any number of rows, if it can serve them.
 constexpr int kNumW4Tilings = 19;
-constexpr int64_t kMinW4GemmColumns = 256;  // k
+constexpr int64_t kMinW4GemmColumns = 256;  // least k
 bool can_gemm_w4a16_sm90a(const LinearParams& params);
 cudaError_t launch_gemm_w4a16_sm90a(const LinearParams& params, int64_t group_size,
                                     const Device& device, cudaStream_t stream);

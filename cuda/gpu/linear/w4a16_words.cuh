@@ -1,4 +1,4 @@
-// What kernels make of a word of a block and of a record: see pyserve/ops/w4a16.py.
+// How kernels widen a word of a block, with the zero point of a record: see pyserve/ops/w4a16.py.
 #pragma once
 
 #include "common/w4a16.h"
@@ -6,23 +6,23 @@
 
 namespace pyserve::gpu {
 
-// How a word becomes four pairs of q - z: pair i is the integers at bits 4 i and 4 i + 16, of row g
-// where i is even, of row g + 8 where it is odd. Shifted and masked they are or-ed into the
-// mantissa of kMagic, where i is odd kOddPlace bits further up. One fma, by kOne or kOddFactor,
-// leaves q - z: what it adds has kMinus or kOddMinus for its high byte, and z likewise in its
-// mantissa.
+// How a word becomes four pairs of q - z. Pair i consists of the integers at bits 4 i and 4 i + 16;
+// it belongs to row g where i is even and to row g + 8 where i is odd. The pair is shifted, masked
+// and or-ed into the mantissa of kMagic, kOddPlace bits higher where i is odd. One fma then leaves
+// q - z: it multiplies by kOne or kOddFactor and adds a number whose high byte is kMinus or
+// kOddMinus and which has z in its mantissa at the matching place.
 template <class T>
 struct W4Numbers;
 
 template <>
-struct W4Numbers<__nv_bfloat16> {  // 128 + q - (128 + z)
+struct W4Numbers<__nv_bfloat16> {  // (128 + q) - (128 + z)
   static constexpr int kOddPlace = 0;
   static constexpr uint32_t kMagic = 0x43004300, kOne = 0x3f803f80, kOddFactor = 0x3f803f80;
   static constexpr uint32_t kMinus = 0xc3, kOddMinus = 0xc3;
 };
 
 template <>
-struct W4Numbers<__half> {  // 1024 + q - (1024 + z), and (1024 + 16 q) / 16 - (64 + z)
+struct W4Numbers<__half> {  // (1024 + q) - (1024 + z), and (1024 + 16 q) / 16 - (64 + z)
   static constexpr int kOddPlace = 4;
   static constexpr uint32_t kMagic = 0x64006400, kOne = 0x3c003c00, kOddFactor = 0x2c002c00;
   static constexpr uint32_t kMinus = 0xe4, kOddMinus = 0xd4;
@@ -41,11 +41,12 @@ __device__ __forceinline__ void widen_word(uint32_t word, const uint32_t (&minus
   }
 }
 
-// What widen_word adds for the zero point of a record's word: of row g, or half 1, of row g + 8.
+// The number that widen_word adds for the zero point in a record's word: half 0 is row g, half 1 is
+// row g + 8.
 template <class T>
 __device__ __forceinline__ uint32_t minus_of(uint32_t word, int half) {
   using Numbers = W4Numbers<T>;
-  // Twice that byte, and below it z: the low byte of a record's word.
+  // Two 16-bit numbers with that high byte and with z, the low byte of a record's word, below it.
   return __byte_perm(word << half * Numbers::kOddPlace,
                      half ? Numbers::kOddMinus : Numbers::kMinus, 0x4040);
 }
