@@ -1,5 +1,5 @@
-// The CUDA side of paged_attention, rope_attention and plan_attention: arguments are checked and
-// handed to the kernels of decode.cu, prefill.cu and plan.cu.
+// The CUDA side of paged_attention, rope_attention and plan_attention: checks the arguments and
+// calls the launchers of decode.cu, prefill.cu and plan.cu.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -16,9 +16,9 @@
 namespace pyserve {
 namespace {
 
-constexpr double kMaxSoftcap = 1000;  // of which capped scores are 3e-7 off
+constexpr double kMaxSoftcap = 1000;  // at this cap the error of cap_score is 3e-7 of it
 
-// Checks what paged_attention is given and finds out what its kernels are told.
+// Checks the arguments of paged_attention and turns them into the parameters of its kernels.
 gpu::AttentionParams attention_params(const ViewReader& read, const AttentionArgs& args,
                                       double softmax_scale, double softcap, int64_t window,
                                       int64_t max_query_len, const Tensor& work_tensor,
@@ -44,7 +44,7 @@ gpu::AttentionParams attention_params(const ViewReader& read, const AttentionArg
   for (const View* view : {&args.row_slots, &args.cu_seqlens_q, &args.seq_lens}) {
     check_contiguous(*view);
   }
-  // Positions, packed rows and indices of tokens are 32-bit on the device; offsets are not.
+  // Positions, packed rows and token indices are 32-bit on the device; offsets are not.
   PYSERVE_CHECK(std::max({num_tokens * num_heads, num_rows, blocks.size(0), keys.size(0),
                           blocks.size(1) * block_size}) < kMaxInt,
                 op, ": more than 2^31 positions, blocks or packed rows");
@@ -174,7 +174,7 @@ void plan_attention(const Tensor& cu_seqlens_q_tensor, const Tensor& seq_lens_te
       .work = work.ptr<int32_t>(),
       .work_words = work.size(0),
   };
-  // How many items there are depends on the rows: the kernel itself checks that they fit.
+  // The number of items depends on the rows, so the kernel itself checks that they fit.
   const int num_ranges = gpu::num_decode_ranges(params.device, params.num_kv_heads);
   PYSERVE_CHECK(work.size(0) >= gpu::decode_items_offset(num_ranges), op, ": work ", work.size(0),
                 " is too small");

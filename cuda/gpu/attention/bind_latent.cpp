@@ -1,4 +1,4 @@
-// The CUDA side of latent_attention: arguments are checked and handed to latent.cu's kernels.
+// The CUDA side of latent_attention: checks the arguments and calls the launcher of latent.cu.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -14,7 +14,8 @@
 namespace pyserve {
 namespace {
 
-// Tiles of at most kDecodeRows heads, all alike, as layers/latent_attention.py has them.
+// The number of equal tiles of at most kDecodeRows heads, as layers/latent_attention.py computes
+// it.
 int num_head_tiles(int64_t num_heads) {
   int num_tiles = 1;
   while (num_heads % num_tiles != 0 || num_heads / num_tiles > gpu::kDecodeRows) ++num_tiles;
@@ -49,7 +50,7 @@ void latent_attention(const Tensor& q, const Tensor& latent_cache, const Tensor&
   for (const View* view : {&args.row_slots, &args.cu_seqlens_q, &args.seq_lens}) {
     check_contiguous(*view);
   }
-  // Positions, packed rows, indices of tokens and the grid are 32-bit; offsets are not.
+  // Positions, packed rows, token indices and the grid are 32-bit; offsets are not.
   PYSERVE_CHECK(std::max({num_tokens * num_heads, num_rows, blocks.size(0), cache.size(0),
                           blocks.size(1) * block_size}) < kMaxInt / gpu::kPrefillRows,
                 op, ": more than 2^24 positions, blocks or packed rows");

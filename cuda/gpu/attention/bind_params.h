@@ -1,4 +1,4 @@
-// What the bind files of attention check alike.
+// The checks that the bind files of attention share.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ inline gpu::AttentionDevice device_of(const char* op) {
   return gpu::attention_device(*device);
 }
 
-// Rows of elements are read and written 16 bytes at a time.
+// Checks that every row can be read and written 16 bytes at a time.
 inline void check_alignment(const View& view) {
   bool aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
   for (int64_t i = 0; i < view.dim - 1; ++i) {
@@ -26,7 +26,8 @@ inline void check_alignment(const View& view) {
   PYSERVE_CHECK(aligned, view.op, ": ", view.name, " is not aligned to 16 bytes in all its rows");
 }
 
-// Of a plan's two tensors: contiguous, and large enough for any rows of such a step.
+// Checks that the two tensors of a plan are contiguous and large enough for any lengths of the
+// rows.
 inline void check_plan(const View& work, const View& workspace, gpu::AttentionDevice device,
                        int64_t num_tokens, int64_t num_rows, int num_heads, int num_kv_heads,
                        int head_dim) {

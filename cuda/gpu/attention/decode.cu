@@ -1,4 +1,5 @@
-// Decode attention of head_dim 64 and 128: decode_kernel.cuh; and who does what.
+// Decode attention for head_dim 64 and 128 (decode_kernel.cuh), and the choice between decode and
+// prefill kernels.
 #include "gpu/attention/decode_kernel.cuh"
 
 #include "gpu/attention/attention.h"

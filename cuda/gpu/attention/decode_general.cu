@@ -1,6 +1,6 @@
-// Decode attention of head_dim 96 and 256, and of 128 with capped scores: kernels that look at
-// their arguments for a cap and for rope. They wait for memory, not for a branch, and one for each
-// would take four times as long to compile.
+// Decode attention for head_dim 96 and 256, and for 128 with capped scores. These kernels read from
+// their arguments whether there is a cap and whether they do rope. Such a branch costs nothing,
+// since they wait for memory; a kernel for each case would take four times as long to compile.
 #include "gpu/attention/decode_kernel.cuh"
 
 namespace pyserve::gpu::decode {

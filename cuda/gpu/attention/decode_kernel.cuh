@@ -1,20 +1,22 @@
-// Decode attention over a paged KV cache: items of at most 16 packed query rows (the heads of a KV
-// head's group times the row's queries), so that all of them share every key that is read.
+// Decode attention over a paged KV cache, in bfloat16 or float16. q and out are [num_tokens,
+// num_heads, head_dim], the caches [num_blocks, block_size, num_kv_heads, head_dim]. An item has at
+// most 16 packed query rows (attention.h), all of which use every key that is read.
 //
-// A CTA of 4 warps works through the items of one range of the plan for one KV head. Of each tile
-// of 64 keys a warp owns 16: it copies, scores and sums them by itself, with its own running
-// maximum, so that the tile loop has no block-wide barrier; the four results are put together at
-// an item's end. Copies (cp.async, 16 bytes, XOR-swizzled) run kStages tiles ahead, across items
-// too, keys and values in groups of their own: values may land while keys are being scored.
-// Scores and sums use mma.sync m16n8k16; weights go from the accumulators of the first product to
-// the operand of the second without leaving registers (Dao 2023, FlashAttention-2).
-// Keys that no query of the row may see are never read: zeros stand in for them, and where a tile
-// holds any, scores are masked.
-// Of head_dim 256 the queries and sums of 16 rows are more than a warp's registers hold: queries
-// lie in shared memory, in the order of their fragments. The one stage is all of the 64 KB, so that
-// keys are copied as soon as those before have been scored, and values as soon as they are added.
+// Work: a CTA of 4 warps works through the items of one range of the plan, for one KV head. Each
+// tile of 64 keys is divided among the warps: a warp copies, scores and sums its 16 keys by itself,
+// with its own running maximum, so the loop over tiles has no block-wide barrier. The results of
+// the four warps are combined at the end of an item. Copies (cp.async, 16 bytes, XOR-swizzled) run
+// kStages tiles ahead, also from one item to the next. Keys and values are separate groups of
+// copies, so values may still arrive while keys are scored. Scores and sums use mma.sync m16n8k16.
+// The weights go from the accumulators of the first product to the operand of the second without
+// leaving registers (Dao 2023, FlashAttention-2). Keys that no query of the row sees are never
+// read; zeros stand in for them, and scores are masked in tiles that have any. With head_dim 256 a
+// warp's registers cannot hold both the queries and the sums of 16 rows, so the queries lie in
+// shared memory in the order of their fragments. There is a single stage of 64 KB; new keys are
+// copied as soon as the old ones have been scored, and new values as soon as the old ones have been
+// added.
 //
-// Floor: bytes, sum(visible keys) * num_kv_heads * 2 * head_dim * 2 at the memory's rate.
+// Bound by bytes: sum(visible keys) * num_kv_heads * 2 * head_dim * 2 at the rate of memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -32,29 +34,30 @@
 
 namespace pyserve::gpu::decode {
 
-constexpr int kMergeFloats = 16 * 64;  // of a warp, put together with the other warps' at a time
+// Of a warp; so much is combined with the other warps' at a time.
+constexpr int kMergeFloats = 16 * 64;
 
-// Shared memory after the stages.
+// The shared memory behind the stages.
 struct MergeArea {
   union {
     float acc[kWarps][kMergeFloats];  // columns swizzled
-    SharedQueries queries;            // of head_dim 256, until there are sums
+    SharedQueries queries;            // for head_dim 256, until the sums are combined
   };
   float2 stats[kWarps][kDecodeRows];  // largest score, sum of weights
   int32_t flag;
 };
 
-// Running state of 16 packed rows over one warp's keys. A lane has rows lane / 4 and + 8.
+// The state of 16 packed rows over the keys of one warp. A lane has rows lane / 4 and lane / 4 + 8.
 template <class T, int kHeadDim>
 struct Rows {
   static constexpr int kTiles = kHeadDim / 8;
   Queries<T, kHeadDim> queries;
   float acc[kTiles][4];
   float largest[2];  // in log2 units
-  float sum[2];      // of this lane's columns
-  int position[2];   // of the row's query
+  float sum[2];      // over this lane's columns
+  int position[2];   // position of the row's query
 
-  // Of an item whose queries have been asked for.
+  // Begins an item whose queries are being loaded.
   __device__ void begin(const Decode& d, const Work& work) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -82,8 +85,8 @@ struct Rows {
     }
   }
 
-  // Online softmax: makes the weights of s, as the left operand of the second product, and rescales
-  // the sums so far.
+  // Online softmax: turns the scores s into weights, as the left operand of the second product, and
+  // rescales the sums so far.
   __device__ void weigh(const float (&s)[2][4], float scale_log2, uint32_t (&weights)[4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -111,7 +114,7 @@ struct Rows {
     }
   }
 
-  // acc += weights * the 16 values at `values`.
+  // acc += weights times the 16 values at address `values`.
   __device__ void add(const uint32_t (&weights)[4], uint32_t values) {
     constexpr int kRowBytes = kSmemRowBytes<T, kHeadDim>;
     const int lane = threadIdx.x % kWarpSize;
@@ -132,7 +135,8 @@ __device__ T* out_row(const Decode& d, const Work& work, int kv_head, int row) {
          (kv_head * d.group + row % d.group) * d.p.out_head_stride;
 }
 
-// The weight of each warp's sums of a row, in their total, and the row's largest score and sum.
+// The factors by which the warps' sums of a row enter their total, and the row's largest score and
+// sum of weights.
 struct Shares {
   float factor[kWarps], largest, sum;
 
@@ -154,13 +158,13 @@ struct Shares {
   }
 };
 
-// Puts the four warps' results together and writes them: to `out`, or as a partial result. Up to
-// kRows rows of kColumns columns at a time.
+// Combines the results of the four warps and writes them to `out` or as partial results, kRows rows
+// of kColumns columns at a time.
 template <int kRows, int kColumns, class T, int kHeadDim>
 __device__ void put_together(const Decode& d, const Work& work, int kv_head,
                              const Rows<T, kHeadDim>& rows, MergeArea& area) {
   static_assert(kRows * kColumns <= kMergeFloats && kHeadDim % kColumns == 0);
-  constexpr int kUnits = kColumns / 4;  // of 4 columns, in a row
+  constexpr int kUnits = kColumns / 4;  // units of 4 columns per row
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const bool is_split = work.item.num_splits > 1;
   const int num_rows = work.query_len * d.group;
@@ -168,7 +172,8 @@ __device__ void put_together(const Decode& d, const Work& work, int kv_head,
       (static_cast<int64_t>(work.item.partial) * d.p.num_kv_heads + kv_head) * kDecodeRows;
 #pragma unroll
   for (int begin = 0; begin < kHeadDim; begin += kColumns) {
-    // Columns are XORed with 8 (row % 4): the writes of a half warp then fall in different banks.
+    // Columns are XORed with 8 (row % 4), so that the stores of half a warp fall into different
+    // banks.
 #pragma unroll
     for (int half = 0; half < kRows / 8; ++half) {
       float* row = area.acc[warp] + (lane / 4 + 8 * half) * kColumns;
@@ -211,7 +216,8 @@ __device__ void put_together(const Decode& d, const Work& work, int kv_head,
   }
 }
 
-// The end of an item: of most, which are a query of a few heads, in one go.
+// The end of an item. Most items are one query with few heads, for which a single round of
+// put_together suffices.
 template <class T, int kHeadDim>
 __device__ void finish(const Decode& d, const Work& work, int kv_head, Rows<T, kHeadDim>& rows,
                        MergeArea& area) {
@@ -226,7 +232,8 @@ __device__ void finish(const Decode& d, const Work& work, int kv_head, Rows<T, k
     }
   }
   const int num_rows = work.query_len * d.group;
-  if constexpr (Queries<T, kHeadDim>::kAreShared) __syncthreads();  // nobody reads them any more
+  // After this no warp reads the queries any more.
+  if constexpr (Queries<T, kHeadDim>::kAreShared) __syncthreads();
   if (num_rows <= 8) {
     put_together<8, kHeadDim < 128 ? kHeadDim : 128>(d, work, kv_head, rows, area);
   } else {
@@ -243,9 +250,10 @@ __device__ void finish(const Decode& d, const Work& work, int kv_head, Rows<T, k
   }
 }
 
-// Grid: (num_kv_heads, ranges): the CTAs that read one stretch of memory start together.
-// With rope the work of rope_write_kv is done here. What stands in front is then a linear; plan,
-// block table and the keys of earlier steps are read while it still runs.
+// Grid: (num_kv_heads, ranges), so that the CTAs which read one stretch of memory start together.
+// With rope this kernel also does the work of rope_write_kv. The kernel in front of it is then a
+// linear, and this one reads the plan, the block table and the keys of earlier steps while that one
+// still runs.
 template <class T, int kHeadDim, int kStages, Kind kKind>
 __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_constant__ Decode d) {
   using L = Layout<T, kHeadDim, kStages>;
@@ -253,32 +261,36 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
   const int warp = threadIdx.x / kWarpSize, kv_head = blockIdx.x, range = blockIdx.y;
   MergeArea& area = *reinterpret_cast<MergeArea*>(dynamic_smem + L::kCacheBytes);
   const uint32_t cache = smem_address(dynamic_smem) + warp * L::kWarpBytes;
-  // With one stage its halves are filled again one after the other, as soon as each is read.
+  // With one stage, its two halves (keys and values) are refilled separately, each as soon as it
+  // has been read.
   constexpr bool kHasHalves = kStages == 1;
 
   if (!has_rope<kKind>(d)) pdl_wait();
   const int first_item = __ldcg(d.p.work + kDecodeStartsOffset + range);
   const int last_item = __ldcg(d.p.work + kDecodeStartsOffset + range + 1);
   if (__ldcg(d.p.work + kWorkNumDecodeRanges) != static_cast<int>(gridDim.y)) {
-    __trap();  // not planned for this device
+    __trap();  // the plan was made for another device
   }
   if (first_item == last_item) {
-    // An idle block makes room at once: that some wait is enough for the grid to end in its turn.
+    // An idle block frees its place at once, without waiting; with rope, only the blocks of range 0
+    // wait. That some block of the grid waits is enough to keep the order of the kernels (rule 1 of
+    // pdl.cuh).
     if (has_rope<kKind>(d) && range == 0) pdl_wait();
     return;
   }
 
   ItemsOf<kHeadDim> items(d, first_item, last_item);
   Loader<T, kHeadDim, kStages, kKind> loader(d, kv_head, items);
-  uint32_t stage = cache;  // that is read next
+  uint32_t stage = cache;  // the stage to read next
 #pragma unroll 1
   for (int i = 0; i < kStages; ++i) loader.issue(cache + i * L::kStageBytes);
   if (has_rope<kKind>(d)) pdl_wait();
   pdl_launch_dependents();
   Rows<T, kHeadDim> rows;
   NewKey<T, kHeadDim, kKind> new_key(d, kv_head);
-  // Asks for what an item begins with. In time is before the item in front has asked for its last
-  // copies, as loads come back in order; of head_dim 256 no registers are free then.
+  // Loads what an item begins with. kAsksInTime: this is done before the item in front issues its
+  // last copies, because loads return in order. With head_dim 256 there are no free registers at
+  // that point.
   constexpr bool kAsksInTime = !Queries<T, kHeadDim>::kAreShared;
   const auto ask = [&](const Work& work) {
     if (has_rope<kKind>(d)) {
@@ -297,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
     rows.begin(d, work);
     if (has_rope<kKind>(d)) rows.queries.turn(d, rows.position);
     if constexpr (Queries<T, kHeadDim>::kAreShared) rows.queries.share(area.queries);
-    // Keys that all queries of the row see need no mask.
+    // Keys in [unmasked_begin, unmasked_end) are seen by all queries of the row and need no mask.
     const int unmasked_begin = d.p.window > 0 ? max(0, work.seq_len - d.p.window) : 0;
     const int unmasked_end = work.seq_len - work.query_len + 1;
 #pragma unroll 1
@@ -308,7 +320,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
       if (has_rope<kKind>(d)) {
         if (new_key.position() >= first_key && new_key.position() < first_key + kWarpKeys) {
           cp_async_wait<2 * kStages - 2>();
-          __syncwarp();  // zeros have been put where it goes
+          __syncwarp();  // the copies have put zeros where the new key goes
           while (true) {
             new_key.store(dynamic_smem + (stage - smem_address(dynamic_smem)),
                           new_key.position() - first_key, L::kPartBytes);
@@ -330,7 +342,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
         ask(next);
       }
       if constexpr (kHasHalves) {
-        __syncwarp();  // the keys are read
+        __syncwarp();  // all lanes have read the keys
         loader.issue_keys(stage);
       }
       if (kKind == Kind::kGeneral && d.scale.cap_rate != 0.0f) cap_scores(s, d.scale.cap_rate);
@@ -340,11 +352,12 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
       uint32_t weights[4];
       rows.weigh(s, d.scale.log2, weights);
 
-      // All but the newest: the next keys, or the stages behind this one.
+      // Waits for all copies but the newest: those are the next keys (one stage), or the stages
+      // behind this one.
       cp_async_wait<kHasHalves ? 1 : 2 * kStages - 2>();
       __syncwarp();
       rows.add(weights, stage + L::kPartBytes);
-      __syncwarp();  // the stage is read: the next copies may overwrite it
+      __syncwarp();  // all lanes have read the stage, and the next copies may overwrite it
       if constexpr (kHasHalves) {
         loader.issue_values(stage);
       } else {
@@ -362,7 +375,8 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
 
 template <class T, int kHeadDim, Kind kKind>
 cudaError_t launch_kind(const Decode& d, dim3 grid, cudaStream_t stream) {
-  // On an H200 two CTAs of 64 KB are up to 10 % faster than two of 96 KB, and fit every card.
+  // On an H200 two CTAs with 64 KB each are up to 10 % faster than two with 96 KB, and they fit
+  // every device.
   constexpr int kDecodeCacheBytes = 64 * 1024;
   constexpr int kStages = kDecodeCacheBytes / (2 * kKvTile * kSmemRowBytes<T, kHeadDim>);
   constexpr auto kKernel = decode_kernel<T, kHeadDim, kStages, kKind>;
@@ -373,7 +387,7 @@ cudaError_t launch_kind(const Decode& d, dim3 grid, cudaStream_t stream) {
   return launch_chained(kKernel, grid, kThreads, kSmemBytes, stream, d);
 }
 
-// For head_dim 96 and 256, and capped scores: decode_general.cu.
+// For head_dim 96 and 256, and for capped scores: decode_general.cu.
 cudaError_t launch_general(const Decode& d, Dtype dtype, dim3 grid, cudaStream_t stream);
 
 }  // namespace pyserve::gpu::decode

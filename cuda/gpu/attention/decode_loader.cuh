@@ -1,14 +1,15 @@
-// What decode.cu reads: items of the plan, and the copies of their keys and values.
+// What the decode kernel reads: the items of the plan, and copies of their keys and values.
 //
-// Each warp keeps a ring of stages of its own in shared memory, so that no barrier is needed
-// between copying and using. Rows of keys and values lie there as they are, but for the 16-byte
-// chunks of a row, whose number is XORed with the row's: ldmatrix then meets no bank conflict. Each
-// lane finds the address of one key (a block table entry, read a tile ahead) and hands it to those
-// that copy.
+// Each warp has a ring of stages of its own in shared memory, so no barrier is needed between
+// copying and using. Rows of keys and values keep their order there, but the number of a 16-byte
+// chunk within a row is XORed with the row's number, so that ldmatrix meets no bank conflicts. Each
+// lane finds the address of one key, from a block table entry that it has read a tile ahead, and
+// hands it by a shuffle to the lanes that copy the row.
 //
-// An SM's loads come back in the order in which they were asked for, copies among them: what is read
-// ahead is asked for in front of a tile's copies, or it would wait until they have landed, and the
-// copies of the next tile for it. On an H200 that was a quarter to two fifths of a warp's time.
+// An SM returns loads, cp.async included, in the order in which they were issued. Data that is read
+// ahead is therefore loaded before a tile's copies are issued. Otherwise it would arrive only
+// behind those copies and would in turn delay the next tile's copies; on an H200 that cost a
+// quarter to two fifths of a warp's time.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,7 +24,7 @@ namespace pyserve::gpu::decode {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kWarpKeys = kKvTile / kWarps;  // one k16 step of the second product
+constexpr int kWarpKeys = kKvTile / kWarps;  // the depth of one mma of the second product
 constexpr int kChunk = 8;                    // elements of a 16-byte copy
 
 static_assert(kWarpKeys == 16 && kDecodeRows == 16);
@@ -31,19 +32,19 @@ static_assert(kWarpKeys == 16 && kDecodeRows == 16);
 struct Decode {
   AttentionParams p;
   AttentionPartials partials;
-  DecodeRope rope;  // zero where rope_write_kv has done its work
+  DecodeRope rope;  // all zero if rope_write_kv is a kernel of its own
   int group;
-  int items_offset;  // in p.work
+  int items_offset;  // offset in p.work
   ScoreScale scale;
 };
 
-// Half of what the plan says of an item.
+// Half of the words of an item in the plan.
 __device__ __forceinline__ int4 item_words(const Decode& d, int index, int half) {
   return __ldcg(reinterpret_cast<const int4*>(d.p.work + d.items_offset) + 2 * int64_t{index} +
                 half);
 }
 
-// What the step says of an item's row.
+// What the step's metadata says of an item's row.
 struct RowWords {
   int slot = 0, first_query = 0, end_query = 0, seq_len = 0;
 
@@ -55,11 +56,11 @@ struct RowWords {
   }
 };
 
-// An item and its row, the same in all threads.
+// An item and its row; the same in all threads.
 struct Work {
   AttentionItem item;
   int slot, first_query, query_len, seq_len;
-  int first_visible;  // key, of the row's first query
+  int first_visible;  // first key that the row's first query sees
 
   __device__ Work(const Decode& d, const int4& head, const int4& tail, const RowWords& row)
       : item{head.x, head.y, head.z, head.w, tail.x, tail.y, tail.z, tail.w},
@@ -78,9 +79,10 @@ struct Work {
   }
 };
 
-// The items of a CTA one after the other. When one is taken, the row of the next is asked for and
-// the first half of the one behind that, and of the item itself what only its end needs; or where
-// registers are short, all of the item, and its user waits.
+// The items of a CTA, one after another. With kReadsAhead, taking an item also starts to load the
+// row of the next item and the first half of the one after that; the second half of the taken item,
+// which is needed only at its end, is loaded at that time too. Without it, for want of registers,
+// all of an item is loaded when it is taken, and the caller waits.
 template <bool kReadsAhead>
 class Items {
  public:
@@ -93,7 +95,7 @@ class Items {
 
   __device__ bool are_left() const { return next_ < last_; }
 
-  // Where any is left.
+  // Must be called only while items are left.
   __device__ Work take() {
     if constexpr (!kReadsAhead) {
       head_ = item_words(d_, next_, 0);
@@ -111,15 +113,15 @@ class Items {
  private:
   const Decode& d_;
   int next_, last_;
-  int4 head_{}, head_behind_{};  // of next_ and of the one behind it
-  RowWords row_;                 // of next_
+  int4 head_{}, head_behind_{};  // of item next_ and of the one behind it
+  RowWords row_;                 // of item next_
 };
 
 template <int kHeadDim>
 using ItemsOf = Items<(kHeadDim <= 128)>;
 
-// What a kernel does: rope_write_kv's work too (kRope), or what its arguments say (kGeneral: that
-// work or not, capped scores or not).
+// What a kernel does besides attention: nothing (kPlain), the work of rope_write_kv (kRope), or
+// what its arguments say (kGeneral: with or without that work, with or without a cap on scores).
 enum class Kind { kPlain, kRope, kGeneral };
 
 template <Kind kKind>
@@ -127,21 +129,24 @@ __device__ __forceinline__ bool has_rope(const Decode& d) {
   return kKind == Kind::kRope || (kKind == Kind::kGeneral && d.rope.cos_sin != nullptr);
 }
 
-// Of a row of keys or values in shared memory: a multiple of 128, so that chunks can be swizzled.
+// Bytes of a row of keys or values in shared memory: a multiple of 128, so that its chunks can be
+// swizzled.
 template <class T, int kHeadDim>
 constexpr int kSmemRowBytes = (kHeadDim * static_cast<int>(sizeof(T)) + 127) / 128 * 128;
 
 template <class T, int kHeadDim, int kStages>
 struct Layout {
   static constexpr int kRowBytes = kSmemRowBytes<T, kHeadDim>;
-  static constexpr int kPartBytes = kWarpKeys * kRowBytes;  // one warp's keys, or values, of a tile
+  // The keys, or the values, of a warp's part of a tile.
+  static constexpr int kPartBytes = kWarpKeys * kRowBytes;
   static constexpr int kStageBytes = 2 * kPartBytes;
   static constexpr int kWarpBytes = kStages * kStageBytes;
   static constexpr int kCacheBytes = kWarps * kWarpBytes;
 };
 
-// Copies one warp's part of tile after tile, through the items of its CTA.
-// With rope only the keys of earlier steps, and it may begin before pdl_wait(), past L1.
+// Copies one warp's part of one tile after another, through all items of its CTA. With rope it
+// copies only keys of earlier steps; it then begins before pdl_wait() and reads past L1 (rule 4 of
+// pdl.cuh).
 template <class T, int kHeadDim, int kStages, Kind kKind>
 class Loader {
   using L = Layout<T, kHeadDim, kStages>;
@@ -151,7 +156,7 @@ class Loader {
   static_assert(kWarpKeys % kRowsPerCopy == 0);
 
  public:
-  // Where any item is left.
+  // Must be constructed only while items are left.
   __device__ Loader(const Decode& d, int kv_head, const ItemsOf<kHeadDim>& items)
       : d_(d),
         items_(items),
@@ -165,14 +170,14 @@ class Loader {
     begin_item();
   }
 
-  // Starts the copies of the next tile into a stage of this warp, keys and values each a group;
-  // empty ones when all is copied.
+  // Starts the copies of the next tile into a stage of this warp. Keys and values are one group of
+  // copies each; the groups are empty when everything has been copied.
   __device__ void issue(uint32_t stage) {
     issue_keys(stage);
     issue_values(stage);
   }
 
-  // The same in two halves: keys, and then the values of those.
+  // The two halves of issue(): the keys, and then the values of the same tile.
   __device__ void issue_keys(uint32_t stage) {
     found_.token = -1;
     if (tile_ < kv_end_) {
@@ -193,20 +198,21 @@ class Loader {
   }
 
  private:
-  // What a lane has found out about the tile: where its key lies, and which rows it helps to copy.
+  // What a lane has found out about the current tile: where its key lies, and which of the rows
+  // that it helps to copy exist.
   struct Found {
-    int block, token;  // token: -1 where all is copied
+    int block, token;  // token is -1 where everything has been copied
     unsigned copied;
   };
 
-  // Each lane finds one key; its row is copied by several.
+  // Each lane finds one key; several lanes together copy its row.
   __device__ Found find() const {
     if (static_cast<uint32_t>(block_) >= static_cast<uint32_t>(d_.p.num_blocks)) __trap();
     return {block_, key() & ((1 << d_.p.block_size_log2) - 1),
             __ballot_sync(kFullMask, is_copied(key())) >> copy_row_};
   }
 
-  // On to the next tile, whose blocks are asked for.
+  // Moves on to the next tile and starts to read its block table entries.
   __device__ void go_on() {
     tile_ += kKvTile;
     if (tile_ < kv_end_) {
@@ -227,26 +233,27 @@ class Loader {
     look_up();
   }
 
-  // The key of the next tile that this lane finds; lanes 16 apart have the same.
+  // The key of the next tile that this lane finds. Lanes 16 apart find the same one.
   __device__ int key() const {
     return tile_ + threadIdx.x / kWarpSize * kWarpKeys + threadIdx.x % kWarpKeys;
   }
 
   __device__ bool is_copied(int key) const { return key >= first_visible_ && key < copy_end_; }
 
-  // Reads ahead: the block of the next tile's key.
+  // Reads the block table entry of the next tile's key, a tile ahead.
   __device__ void look_up() {
     block_ = is_copied(key()) ? __ldcg(blocks_ + (key() >> d_.p.block_size_log2)) : 0;
   }
 
-  // The rows of the tile that was found; offset: of this lane's key.
+  // Copies the rows of the tile that was found. `offset` is that of this lane's key.
   __device__ void copy(uint32_t stage, const T* source, int64_t offset) const {
     stage += destination_;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int row = i * kRowsPerCopy;  // copy_row_, added below, has none of these bits
       const int64_t row_offset = __shfl_sync(kFullMask, offset, row + copy_row_);
-      if (kWarpSize % kChunksPerRow != 0 && copy_row_ == kRowsPerCopy) continue;  // a lane too many
+      // This lane has no row.
+      if (kWarpSize % kChunksPerRow != 0 && copy_row_ == kRowsPerCopy) continue;
       cp_async_16((stage ^ (row % 8 * 16)) + row * L::kRowBytes, source + row_offset,
                   (found_.copied >> row & 1) != 0);
     }
@@ -254,14 +261,15 @@ class Loader {
 
   const Decode& d_;
   ItemsOf<kHeadDim> items_;
-  const T* keys_;  // of the KV head, at this lane's chunk
+  const T* keys_;  // at this lane's chunk of the KV head
   const T* values_;
   const int32_t* blocks_ = nullptr;
-  int tile_ = 0, kv_end_ = 0, first_visible_ = 0;  // tile_: the next one, of the item's
+  int tile_ = 0, kv_end_ = 0, first_visible_ = 0;  // tile_ is the next tile of the item
   int copy_end_ = 0;
-  int block_ = 0;   // of key()
+  int block_ = 0;   // of the key that key() names
   Found found_{};   // of the tile that is being copied
-  int copy_row_;                                   // row of a copy that this lane does a chunk of
+  // The row of a copy of which this lane takes a chunk.
+  int copy_row_;
   uint32_t destination_;
 };
 

@@ -1,5 +1,5 @@
-// The queries of decode_kernel.cuh: 16 packed rows as the left operand of the first product, turned
-// where the kernel does rope_write_kv's work, and that product.
+// The queries of decode_kernel.cuh: 16 packed rows as the left operand of the first product,
+// rotated if the kernel does rope, and that product.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,16 +15,17 @@
 
 namespace pyserve::gpu::decode {
 
-// Fragments of all steps of the first product, by lane.
+// The fragments of all steps of the first product, by lane.
 using SharedQueries = uint4[16][kWarpSize];
 
-// A lane has of each step the elements of rows lane / 4 and + 8.
+// For each step a lane has elements of rows lane / 4 and lane / 4 + 8.
 template <class T, int kHeadDim>
 struct Queries {
   static constexpr int kSteps = kHeadDim / 16;
   static constexpr bool kAreShared = kHeadDim > 128;
-  // A warp holds all of them, or a share until it has put it into shared memory: the first half of
-  // what it holds is turned together with the second, half a head behind.
+  // How many fragments a warp holds: either all of them, or only its share until it has put them
+  // into shared memory. The first half of what it holds is rotated together with the second half,
+  // which lies half a head further.
   static constexpr int kHeld = kAreShared ? kSteps / kWarps : kSteps;
   uint32_t q[kHeld][4];
 
@@ -47,14 +48,14 @@ struct Queries {
     }
   }
 
-  // Which step of the first product q[i] is of.
+  // The step of the first product that q[i] belongs to.
   static __device__ int step_of(int i) {
     if constexpr (!kAreShared) return i;
     const int warp = threadIdx.x / kWarpSize;
     return i < kHeld / 2 ? warp * (kHeld / 2) + i : kSteps / 2 + warp * (kHeld / 2) + i - kHeld / 2;
   }
 
-  // Puts the warps' shares together.
+  // Puts the shares of all warps into shared memory.
   __device__ void share(SharedQueries& all) const {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
@@ -64,7 +65,7 @@ struct Queries {
     __syncthreads();
   }
 
-  // Turns them: element i and the one half a head behind it lie in the same lane.
+  // Rotates the queries. Element i and the one half a head further are held by the same lane.
   __device__ void turn(const Decode& d, const int (&position)[2]) {
     constexpr int kHalf = kHeadDim / 2;
     const int column = threadIdx.x % 4 * 2;
@@ -89,7 +90,8 @@ struct Queries {
     }
   }
 
-  // Scores of the warp's 16 keys at `keys` (swizzled rows): s[n] has keys 8n + 2 (lane % 4), + 1.
+  // Scores the warp's 16 keys at `keys` (swizzled rows). s[n] has keys 8n + 2 (lane % 4) and the
+  // next one.
   __device__ void score(float (&s)[2][4], uint32_t keys, const SharedQueries& all) const {
     constexpr int kRowBytes = kSmemRowBytes<T, kHeadDim>;
     const int lane = threadIdx.x % kWarpSize;

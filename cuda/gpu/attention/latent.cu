@@ -1,4 +1,4 @@
-// latent_attention on a card: latent_kernel.cuh.
+// The launcher of latent_attention; the kernels are in latent_kernel.cuh and latent_merge.cuh.
 #include "gpu/attention/latent_kernel.cuh"
 
 namespace pyserve::gpu {

@@ -1,23 +1,25 @@
-// Attention over a paged cache of latents (latent_attention): items of 16 packed query rows, all of
-// which read the same kept rows, of 512 + 64 elements, as keys and their first 512 as values.
+// Attention over a paged cache of latents (latent_attention), in bfloat16 or float16. q is
+// [num_tokens, num_heads, 576] and out [num_tokens, num_heads, 512]. The cache has one row of 512 +
+// 64 elements per token, which all heads share: the whole row is the key and its first 512 elements
+// are the value.
 //
-// The heads are taken in tiles of at most 16, all alike, which stand for KV heads in the plan: the
-// decode items of a tile are those of attention.h, one range of them to a CTA. A prefill item, 128
-// packed rows, is the work of 8 groups of 4 warps, 16 rows each.
-// A CTA has one group and takes 32 kept rows at a time, two CTAs an SM; or it has two groups, which
-// read the same kept rows, 64 at a time, for a tile of heads or a part of a prefill item each: so
-// the rows cross L2 and shared memory's port once for both, and a warp that scores 16 rather than 8
-// kept rows reads the queries half as often. Kept rows are copied (cp.async, 16 bytes,
-// XOR-swizzled) into one of two stages while the other is used.
-// Each warp of a group scores a quarter of them and puts its scores into shared memory; then each
-// warp turns all scores into weights by itself, and adds up 128 of the 512 columns. So the running
-// maximum and sum are the same in all warps, and nothing is put together at an item's end. Products
-// are mma.sync m16n8k16; scores of a row are summed in four chains, as one would wait for itself.
-// What several items of a query tile have of its rows is merged by a kernel behind this one:
-// latent_merge.cuh.
+// Work: the heads are divided into equal tiles of at most 16, which stand for KV heads in the plan.
+// An item is worked on 16 packed query rows at a time, by a group of 4 warps. A decode item has one
+// such part, a prefill item of 128 packed rows has 8. A CTA has either one group, which takes 32
+// cached rows at a time, with two CTAs per SM; or two groups, which read the same 64 cached rows at
+// a time, each for its own tile of heads or its own part of a prefill item. With two groups the
+// rows cross L2 and the port of shared memory once for both, and a warp that scores 16 instead of 8
+// cached rows reads the queries half as often. Cached rows are copied (cp.async, 16 bytes,
+// XOR-swizzled) into one of two stages while the other is used. Each warp of a group scores a
+// quarter of the cached rows and puts the scores into shared memory. Then each warp turns all of
+// the scores into weights by itself and sums up 128 of the 512 columns. So all warps have the same
+// running maxima and sums, and need not combine anything at the end of an item. Products are
+// mma.sync m16n8k16; the scores of a row are summed in four chains, because a single chain would
+// wait for itself. The partial results of items that share a query tile are merged by a kernel
+// behind this one: latent_merge.cuh.
 //
-// Floor: bytes, sum(visible keys) * 1152 at the memory's rate, for up to two tiles of heads; others
-// read L2.
+// Bound by bytes: sum(visible keys) * 1152 at the rate of memory, for up to two tiles of heads;
+// further tiles read L2.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -35,22 +37,24 @@
 
 namespace pyserve::gpu::latent {
 
-constexpr int kWarps = 4, kGroupThreads = kWarps * kWarpSize;  // of a group
+constexpr int kWarps = 4, kGroupThreads = kWarps * kWarpSize;  // per group
 constexpr int kWidth = kLatentSize + kLatentRopeDim;
 constexpr int kWarpColumns = kLatentSize / kWarps;
 constexpr int kRowBytes = kWidth * 2;
-constexpr int kQueryBytes = kDecodeRows * kRowBytes;  // of a group
+constexpr int kQueryBytes = kDecodeRows * kRowBytes;  // per group
 constexpr int kSubTiles = kPrefillRows / kDecodeRows;
 
-// What a CTA of kGroups groups has in shared memory: two stages, queries, scores.
+// The shared memory of a CTA with kGroups groups: two stages, queries, scores.
 template <int kGroups>
 struct Layout {
   static constexpr int kThreads = kGroups * kGroupThreads;
-  static constexpr int kKeys = 32 * kGroups;        // of a tile; plans cut at multiples of it
-  static constexpr int kWarpKeys = kKeys / kWarps;  // that a warp scores
+  // Cached rows of a tile; items begin at multiples of it.
+  static constexpr int kKeys = 32 * kGroups;
+  static constexpr int kWarpKeys = kKeys / kWarps;  // cached rows that a warp scores
   static constexpr int kStageBytes = kKeys * kRowBytes;
-  static constexpr int kScoreStride = kKeys + 8;  // floats: rows of a half warp: different banks
-  static constexpr int kScoreBytes = kDecodeRows * kScoreStride * 4;  // of a group
+  // In floats; padded, so that the rows of half a warp lie in different banks.
+  static constexpr int kScoreStride = kKeys + 8;
+  static constexpr int kScoreBytes = kDecodeRows * kScoreStride * 4;  // per group
   static constexpr int kQueriesAt = 2 * kStageBytes;
   static constexpr int kScoresAt = kQueriesAt + kGroups * kQueryBytes;
   static constexpr int kSmemBytes = kScoresAt + kGroups * kScoreBytes;
@@ -61,7 +65,8 @@ struct Layout {
 __device__ __forceinline__ int group_of_thread() { return threadIdx.x / kGroupThreads; }
 __device__ __forceinline__ int warp_of_group() { return threadIdx.x / kWarpSize % kWarps; }
 
-// Copies tile after tile of one item. Eight threads share a kept row; each has two of them.
+// Copies one tile of an item after another. Eight threads share a cached row, and each helps with
+// two rows per tile.
 template <class T, int kGroups>
 class Loader {
   using L = Layout<kGroups>;
@@ -80,7 +85,8 @@ class Loader {
     look_up();
   }
 
-  // Starts the copies of the next tile, as a group; an empty one when all is copied.
+  // Starts the copies of the next tile as one group, which is empty when everything has been
+  // copied.
   __device__ void issue(uint32_t stage) {
     if (tile_ < end_) {
       const int chunk = threadIdx.x % kThreadsPerRow;
@@ -104,8 +110,8 @@ class Loader {
   }
 
  private:
-  // Reads ahead: the blocks of the next tile's rows. They stay as they are read until they are
-  // used: what is made of them here would wait for them here.
+  // Reads the block table entries of the next tile's rows, a tile ahead. They are not used here,
+  // because any use would wait for the loads.
   __device__ void look_up() {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -120,8 +126,8 @@ class Loader {
   int32_t block_[kParts];
 };
 
-// Starts the copies of the group's queries, as they lie, into swizzled rows; zeros where there are
-// none. Eight threads share a row.
+// Starts the copies of the group's queries into swizzled rows; rows without a query become zeros.
+// Eight threads share a row.
 template <class T>
 __device__ void copy_queries(const Latent& l, const Work& work, int tile, uint32_t queries) {
   static_assert(kGroupThreads == kDecodeRows * 8);
@@ -139,7 +145,7 @@ __device__ void copy_queries(const Latent& l, const Work& work, int tile, uint32
   }
 }
 
-// The scores of this warp's kept rows, 8 or 16 -> its columns of `scores`.
+// Scores this warp's 8 or 16 cached rows, into its columns of `scores`.
 template <class T, int kGroups>
 __device__ __forceinline__ void score(uint32_t stage, uint32_t queries, float* scores) {
   using L = Layout<kGroups>;
@@ -180,16 +186,16 @@ __device__ __forceinline__ void score(uint32_t stage, uint32_t queries, float* s
   }
 }
 
-// Running state of the group's rows, of this warp's columns. A lane has rows lane / 4 and + 8.
+// The state of a group's rows for this warp's columns. A lane has rows lane / 4 and lane / 4 + 8.
 template <class T, int kGroups>
 struct Rows {
   using L = Layout<kGroups>;
-  static constexpr int kSteps = L::kKeys / 16;  // of the second product
+  static constexpr int kSteps = L::kKeys / 16;  // steps of the second product
   static constexpr int kTiles = kWarpColumns / 8;
   float acc[kTiles][4] = {};
   float largest[2] = {-INFINITY, -INFINITY};  // in log2 units
-  float sum[2] = {};                          // of this lane's keys
-  int position[2];                            // of the row's query
+  float sum[2] = {};                          // over this lane's keys
+  int position[2];                            // position of the row's query
 
   __device__ Rows(const Latent& l, const Work& work) {
 #pragma unroll
@@ -199,8 +205,8 @@ struct Rows {
     }
   }
 
-  // Online softmax over a tile from key `first` on: its weights, as left operands of the second
-  // product for 16 keys each, and the sums so far rescaled.
+  // Online softmax over the tile that begins at key `first`: makes its weights, as left operands of
+  // the second product for 16 keys each, and rescales the sums so far.
   __device__ void weigh(const float* scores, int first, float scale_log2,
                         uint32_t (&weights)[kSteps][4]) {
     const int lane = threadIdx.x % kWarpSize, column = lane % 4 * 2;
@@ -240,7 +246,7 @@ struct Rows {
     }
   }
 
-  // acc += weights * this warp's columns of the tile.
+  // acc += weights times this warp's columns of the tile.
   __device__ void add(const uint32_t (&weights)[kSteps][4], uint32_t stage) {
     const int lane = threadIdx.x % kWarpSize, warp = warp_of_group();
     const uint32_t values =
@@ -258,7 +264,7 @@ struct Rows {
   }
 };
 
-// Writes the rows' results: to `out`, or as partial ones.
+// Writes the results of the rows to `out`, or as partial results.
 template <class T, int kItemRows, int kGroups>
 __device__ void write_rows(const Latent& l, const Work& work, int tile, int sub_tile,
                            Rows<T, kGroups>& rows) {
@@ -302,8 +308,8 @@ __device__ void write_rows(const Latent& l, const Work& work, int tile, int sub_
   }
 }
 
-// An item: in decode each group has it for its own tile of heads, in prefill its own part from
-// first_sub_tile on.
+// Works on one item. In decode each group takes it for its own tile of heads; in prefill each group
+// takes its own part of 16 rows, from first_sub_tile on.
 template <class T, int kItemRows, int kGroups>
 __device__ void attend(const Latent& l, const AttentionItem& item, int first_tile,
                        int first_sub_tile, unsigned char* smem) {
@@ -317,7 +323,7 @@ __device__ void attend(const Latent& l, const AttentionItem& item, int first_til
   const uint32_t queries = stages + L::kQueriesAt + group_of_thread() * kQueryBytes;
   auto* scores =
       reinterpret_cast<float*>(smem + L::kScoresAt + group_of_thread() * L::kScoreBytes);
-  __syncthreads();  // what the item before has left is read
+  __syncthreads();  // all threads have finished with the data of the item before
   Loader<T, kGroups> loader(l, work);
   copy_queries<T>(l, work, tile, queries);
   uint32_t here = stages, there = stages + L::kStageBytes;
@@ -332,7 +338,8 @@ __device__ void attend(const Latent& l, const AttentionItem& item, int first_til
     } else {
       cp_async_wait<0>();
     }
-    __syncthreads();  // the tile and the queries are there, the tile and the scores before are read
+    // Tile and queries are there; all have finished with the stage and scores before.
+    __syncthreads();
     if (first != begin) loader.issue(there);
     score<T, kGroups>(here, queries, scores);
     named_barrier_sync(1 + group_of_thread(), kGroupThreads);
@@ -347,9 +354,10 @@ __device__ void attend(const Latent& l, const AttentionItem& item, int first_til
   write_rows<T, kItemRows>(l, work, tile, sub_tile, rows);
 }
 
-// Grid of decode: tiles of heads, ranges of the plan behind each other; each CTA takes the items of
-// its range. Of prefill: parts of an item, tiles of heads, items behind each other, more than there
-// are; each CTA takes one part. The groups of a CTA have tiles, or parts, next to each other.
+// Grid for decode: all tiles of heads for the first range of the plan, then for the next; each CTA
+// takes the items of its range. Grid for prefill: the parts of an item, for all tiles of heads, for
+// all items; each CTA takes one part. The grid may be larger than the number of items. The groups
+// of a CTA take neighbouring tiles, or neighbouring parts.
 template <class T, int kItemRows, int kGroups>
 __global__ void __launch_bounds__(Layout<kGroups>::kThreads, Layout<kGroups>::kCtasPerSm)
     latent_attention_kernel(const __grid_constant__ Latent l) {
@@ -362,7 +370,8 @@ __global__ void __launch_bounds__(Layout<kGroups>::kThreads, Layout<kGroups>::kC
     const int tile = blockIdx.x % num_tiles * kGroups;
     const int32_t* starts = work + kDecodeStartsOffset + blockIdx.x / num_tiles;
     const int first = __ldcg(starts), last = __ldcg(starts + 1);
-    if (__ldcg(work + kWorkNumDecodeRanges) != num_ranges) __trap();  // not for this device
+    // The plan was made for another device.
+    if (__ldcg(work + kWorkNumDecodeRanges) != num_ranges) __trap();
 #pragma unroll 1
     for (int index = first; index < last; ++index) {
       const AttentionItem item = item_at(work + l.decode_items, index);
@@ -378,7 +387,7 @@ __global__ void __launch_bounds__(Layout<kGroups>::kThreads, Layout<kGroups>::kC
   }
 }
 
-// Of the decode items (kItemRows is kDecodeRows) or of the prefill items of a plan.
+// Launches for the decode items of a plan (kItemRows is kDecodeRows) or for its prefill items.
 template <class T, int kItemRows, int kGroups>
 cudaError_t launch_items(const Latent& l, int64_t num_groups, cudaStream_t stream) {
   using L = Layout<kGroups>;

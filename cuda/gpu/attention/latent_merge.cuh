@@ -1,10 +1,12 @@
-// Puts together what the items that share a query tile have of its rows, behind the kernel that has
-// written it (latent_kernel.cuh). The parts of one row of 8k are 2 MB: the one SM of the CTA that
-// came last was busy with them for most of the op's 40 us on an H200, so here all SMs are.
+// Merges the partial results of items that share a query tile, behind the kernel that has written
+// them (latent_kernel.cuh). The partial results of one row with 8k keys are 2 MB. When the CTA that
+// arrived last merged them, its one SM was busy for most of the op's 40 us on an H200; here all SMs
+// take part.
 //
-// A warp merges 64 columns of one packed row, of those query tiles whose first item is in its
-// stride of the items. What the plan says is read while the kernel in front still runs, as it is
-// older.
+// Work: a warp merges 64 columns of one packed row. The query tiles are dealt out by their first
+// items, a fixed stride apart. The plan is read while the kernel in front still runs, since it is
+// older than that kernel (rule 4 of pdl.cuh).
+// Bound by latency and by the bytes of the partial results.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,11 +25,12 @@ namespace pyserve::gpu::latent {
 
 constexpr int kMergeWarps = 4, kMergeColumns = 64;
 constexpr int kMergeThreads = kMergeWarps * kWarpSize;
-constexpr int kMergeAtOnce = 16;  // splits, on their way to registers
-constexpr int kMergeCtas = 6;     // of an SM, with so many registers
+constexpr int kMergeAtOnce = 16;  // splits whose loads are in flight at a time
+constexpr int kMergeCtas = 6;     // CTAs per SM, with so many registers
 constexpr int kRowCtas = kLatentSize / (kMergeWarps * kMergeColumns);
 
-// Grid: parts of a row, packed rows of an item, tiles of heads, first items behind each other.
+// Grid: the parts of a row, for all packed rows of an item, for all tiles of heads, for all first
+// items.
 template <class T, int kItemRows>
 __global__ void __launch_bounds__(kMergeThreads, kMergeCtas)
     latent_merge_kernel(const __grid_constant__ Latent l) {
@@ -63,7 +66,8 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeCtas)
 
 template <class T, int kItemRows>
 cudaError_t launch_merge(const Latent& l, cudaStream_t stream) {
-  // About a wave, of prefill as many as it takes. An odd stride meets evenly the first items, which often lie evenly apart.
+  // About one wave of CTAs; for prefill as many as its rows take. The stride is odd because first
+  // items often lie at equal distances, which an odd stride meets evenly.
   const int row_ctas = kRowCtas * kItemRows * l.p.num_kv_heads;
   const int num_strides = (std::max(1, l.p.device.num_sms * kMergeCtas / row_ctas) - 1) | 1;
   const int num_ctas = row_ctas * num_strides;

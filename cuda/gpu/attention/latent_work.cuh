@@ -1,5 +1,5 @@
-// What the kernels of latent_attention know of their work: items of the plan, 16 packed rows at a
-// time.
+// What the kernels of latent_attention know about their work: items of the plan, taken 16 packed
+// rows at a time.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +11,7 @@
 namespace pyserve::gpu::latent {
 
 struct Latent {
-  AttentionParams p;  // of which key_cache is the cache, and a KV head a tile of heads
+  AttentionParams p;  // key_cache is the latent cache; a KV head is a tile of heads
   AttentionPartials partials;
   int group;
   int decode_items;  // offset in p.work
@@ -24,16 +24,17 @@ __device__ __forceinline__ AttentionItem item_at(const int32_t* items, int index
   return {head.x, head.y, head.z, head.w, tail.x, tail.y, tail.z, tail.w};
 }
 
-// 16 packed rows of an item, the same in all threads.
+// 16 packed rows of an item; the same in all threads of a group.
 struct Work {
   AttentionItem item;
   int slot, first_query, query_len, seq_len;
-  int position;   // of the row's first query
-  int first_row;  // packed row of the row
-  int num_rows;   // from it on, at most 16; 0 where a prefill item has fewer
-  int kv_end;     // of what these rows, or those that take the same keys, see of the item's keys
+  int position;   // position of the row's first query
+  int first_row;  // first packed row, counted in the row
+  int num_rows;   // packed rows from it on, at most 16; 0 where a prefill item has fewer
+  int kv_end;     // end of the item's keys that these rows see, or the rows that use the same keys
 
-  // Of sub_tile of the item, one of `count` from first_sub_tile on that take the same keys.
+  // For part sub_tile of the item. `count` parts from first_sub_tile on are worked on together and
+  // use the same keys.
   __device__ Work(const Latent& l, const AttentionItem& of_plan, int sub_tile, int first_sub_tile,
                   int count)
       : item(of_plan) {

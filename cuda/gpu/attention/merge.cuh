@@ -1,7 +1,8 @@
-// How the items that share a query tile put their partial results together, which each has written:
-// in the order of the keys, so that the result does not depend on who was last (Dao et al. 2023,
-// Flash-Decoding). Who does it: of decode and prefill attention the CTA that arrives last, which
-// spares a launch; of latents, whose rows are of 512 columns, all of the card (latent_merge.cuh).
+// How the partial results of the items that share a query tile are merged: in the order of the
+// keys, so that the result does not depend on which item came last (Dao et al. 2023,
+// Flash-Decoding). For decode and prefill attention the CTA that arrives last merges them, which
+// saves a launch. For latents, whose rows have 512 columns, a kernel of its own does it with the
+// whole device (latent_merge.cuh).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,19 +15,20 @@
 
 namespace pyserve::gpu {
 
-// kColumns of one packed row of the merged result, from `first_column` on, rounded to T; called by
-// whole warps. Rows that see no key in any split become zeros. kAtOnce splits are on their way.
+// Merges kColumns columns of one packed row, from first_column on, and rounds them to T. Whole
+// warps call this. Rows that see no key in any split become zeros. The loads of kAtOnce splits are
+// in flight together.
 template <class T, int kHeadDim, int kRows, int kColumns = kHeadDim, int kAtOnce = 8>
 __device__ __forceinline__ void merge_row(const AttentionPartials& partials, int first_partial,
                                           int num_splits, int kv_head, int num_kv_heads, int row,
                                           T* out_row, int first_column = 0) {
-  constexpr int kPerLane = kColumns == 64 ? 2 : 4;    // columns of a piece
-  constexpr int kPieceColumns = kPerLane * kWarpSize;  // of a warp's pieces
+  constexpr int kPerLane = kColumns == 64 ? 2 : 4;    // columns of a piece per lane
+  constexpr int kPieceColumns = kPerLane * kWarpSize;  // columns of a piece for the whole warp
   constexpr int kPieces = (kColumns + kPieceColumns - 1) / kPieceColumns;
   static_assert(kWarpSize % kAtOnce == 0);
   using Piece = std::conditional_t<kPerLane == 4, float4, float2>;
   const int lane = threadIdx.x % kWarpSize;
-  const int step = num_kv_heads * kRows;  // rows from split to split
+  const int step = num_kv_heads * kRows;  // rows from one split to the next
   const int64_t begin =
       (static_cast<int64_t>(first_partial) * num_kv_heads + kv_head) * kRows + row;
   const float* stats = partials.stats + begin * 2;

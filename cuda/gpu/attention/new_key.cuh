@@ -1,5 +1,5 @@
-// Keys and values of the step itself, where decode.cu does the work of rope_write_kv: turned and
-// brought from qkv to a warp's stage and to the caches.
+// The keys and values of the step itself, where the decode kernel does the work of rope_write_kv:
+// it takes them from qkv, rotates the keys, and puts both into a warp's stage and into the caches.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,7 +13,8 @@
 
 namespace pyserve::gpu::decode {
 
-// The first key from `from` on that is of this step, in the item and of this warp; -1 for none.
+// The first key at or behind `from` that belongs to this step, to the item and to this warp; -1 if
+// there is none.
 __device__ __forceinline__ int first_new_key(const Work& work, int from) {
   const int warp = threadIdx.x / kWarpSize;
   int key = max(max(from, work.item.kv_begin), work.seq_len - work.query_len);
@@ -22,19 +23,20 @@ __device__ __forceinline__ int first_new_key(const Work& work, int from) {
 }
 
 __device__ __forceinline__ const float* cos_sin_of(const Decode& d, int position) {
-  // Packed rows beyond the last stand behind the row's end; what is computed for them is not used.
+  // Packed rows behind the last one have positions behind the row's end; their results are not
+  // used.
   const int64_t row = min(int64_t{position}, d.rope.max_position - 1);
   return d.rope.cos_sin + row * d.rope.cos_sin_stride;
 }
 
-// A key of this step and its value, on their way from qkv to a warp's stage and to the caches. The
-// first lanes have 8 elements of the key and the 8 that are turned with them; lanes from 8 on, of
-// head_dim 256 all, have 8 elements of the value. A kernel of Kind::kGeneral has no registers for
-// cosines and sines on their way: it reads them when it turns the key.
+// One key of this step and its value, on the way from qkv to a warp's stage and to the caches. The
+// first lanes hold 8 elements of the key and the 8 elements that are rotated with them. Lanes from
+// 8 on hold 8 elements of the value; with head_dim 256 all lanes do. A kernel of Kind::kGeneral has
+// no registers to load cosines and sines ahead; it reads them when it rotates the key.
 template <class T, int kHeadDim, Kind kKind>
 class NewKey {
   static constexpr int kHalf = kHeadDim / 2, kRowBytes = kSmemRowBytes<T, kHeadDim>;
-  static constexpr bool kHasBoth = kHeadDim > 128;  // some lanes, of key and value
+  static constexpr bool kHasBoth = kHeadDim > 128;  // some lanes hold parts of both key and value
   static constexpr int kFirstValueLane = kHasBoth ? 0 : 8;
 
  public:
@@ -45,7 +47,7 @@ class NewKey {
     has_value_ = lane >= kFirstValueLane && chunk_ < kHeadDim / kVec;
   }
 
-  // Starts to load the key at `position` of the row.
+  // Starts to load the key at `position` of the row, and its value.
   __device__ void load(const Work& work, int position) {
     position_ = position;
     const int64_t context = work.seq_len - work.query_len;
@@ -64,7 +66,8 @@ class NewKey {
     }
   }
 
-  // Puts it into row `row` of a stage whose values are kPartBytes behind the keys.
+  // Stores both to the caches and to row `row` of a stage, whose values lie part_bytes behind its
+  // keys.
   __device__ void store(unsigned char* stage, int row, int part_bytes) {
     if (static_cast<uint32_t>(block_) >= static_cast<uint32_t>(d_.p.num_blocks)) __trap();
     const int64_t block = block_, token = position_ & ((1 << d_.p.block_size_log2) - 1);
@@ -129,7 +132,7 @@ class NewKey {
   int kv_head_, chunk_;
   bool has_key_, has_value_;
   int position_ = -1, block_ = 0;
-  uint4 data_[kHasBoth ? 3 : 2] = {};  // two of the key; value()
+  uint4 data_[kHasBoth ? 3 : 2] = {};  // two vectors of the key, and value()
   float4 cosines_[2] = {}, sines_[2] = {};
 };
 

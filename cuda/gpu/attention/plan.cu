@@ -1,13 +1,15 @@
-// Cuts the visible keys of a step's rows into the work items of the attention kernels: one block,
-// once a step for all layers that share a window.
+// plan_attention: divides the visible keys of a step's rows into the work items of the attention
+// kernels. Inputs are cu_seqlens_q [num_rows + 1] and seq_lens [num_rows], int32; attention.h
+// describes the output. One block does this once a step, for all layers with the same window.
 //
-// Decode: the KV tiles of all rows, laid end to end, plus a fixed cost for each row, are cut into
-// equal ranges, one for each CTA of a KV head ("stream-K", Osama et al. 2023): the load is even
-// whatever the lengths, and there are at most rows + ranges items and two partial buffers a range.
-// Prefill: one item a query tile, longest first (counting sort), split along the keys only where
-// the tiles alone would leave multiprocessors idle.
-// Only the order of equally long prefill items depends on timing, and no result depends on that.
-// Floor: latency. A few passes over the rows, each a block-wide prefix sum of 1024 rows.
+// Decode: the KV tiles of all rows, plus a fixed cost per row, are laid end to end in one line,
+// which is cut into equal ranges, one for each CTA of a KV head ("stream-K", Osama et al. 2023). So
+// the load is even for any lengths, and there are at most rows + ranges items and two partial
+// buffers per range.
+// Prefill: there is one item per query tile, longest first (counting sort). Keys are split only
+// where there are too few query tiles to keep all SMs busy. Only the order of equally long prefill
+// items depends on timing, and no result depends on that order.
+// Bound by latency: a few passes over the rows, each with a block-wide prefix sum over 1024 rows.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -23,29 +25,31 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarpSize;
-static_assert(kThreads >= kMaxDecodeRanges);  // a thread for each range
-constexpr int kBuckets = 256;                 // of prefill items by length
-constexpr int kRowCost = 1;                   // KV tiles: what a decode row costs beyond its keys
-constexpr int kMinSplit = 2;                  // KV tiles: no part of a split decode row is shorter
-constexpr int kWholeSlack = 16;  // of a range, the part by which it may be longer for whole rows
-constexpr int kMinPrefillChunk = 8;  // KV tiles: shorter parts cost more to merge than they save
+static_assert(kThreads >= kMaxDecodeRanges);  // one thread per range
+constexpr int kBuckets = 256;                 // buckets of prefill items by length
+// In KV tiles: the cost of a decode row besides its keys.
+constexpr int kRowCost = 1;
+// In KV tiles: the shortest part of a split decode row.
+constexpr int kMinSplit = 2;
+constexpr int kWholeSlack = 16;  // a range may be longer by 1/16 if that keeps rows whole
+constexpr int kMinPrefillChunk = 8;  // in KV tiles: shorter parts cost more to merge than they save
 
-constexpr int kMaxSeqLen = 1 << 30;  // times heads a KV head
+constexpr int kMaxSeqLen = 1 << 30;  // divided by the query heads per KV head
 
 struct Shared {
   int64_t warp_sums[kWarps];
   int range_items[kMaxDecodeRanges];
   int range_costs[kMaxDecodeRanges];
-  bool is_whole;  // no decode row is split
+  bool is_whole;  // whether no decode row is split
   int buckets[kBuckets];
-  int row_tiles[kThreads + 1];  // exclusive sums of query tiles of a chunk of rows
+  int row_tiles[kThreads + 1];  // exclusive sums over a batch of rows of their query tiles
   int num_partials;
 };
 
 struct Plan {
   AttentionPlanParams p;
   int group, num_ranges, num_chunks;
-  int decode_items;  // offset
+  int decode_items;  // offset of the decode items in work
 };
 
 __device__ int64_t sum_over_block(Shared& shared, int64_t value) {
@@ -62,13 +66,13 @@ struct Row {
   __device__ bool is_empty() const { return query_len == 0; }
 };
 
-// Row `row` of the step; empty where there is none, and where it is padding.
+// Row `row` of the step; empty for padding and where there is no such row.
 __device__ Row row_at(const Plan& plan, int row) {
   if (row >= plan.p.num_rows) return {};
   const int query_len = plan.p.cu_seqlens_q[row + 1] - plan.p.cu_seqlens_q[row];
   const int seq_len = plan.p.seq_lens[row];
   if (query_len == 0 || seq_len == 0) return {};
-  // Within the limit no position, packed row or tile overflows.
+  // Within these limits no position, packed row or tile number overflows.
   if (query_len < 0 || seq_len < query_len || seq_len > kMaxSeqLen / plan.group) __trap();
   return {query_len, seq_len};
 }
@@ -77,7 +81,7 @@ __device__ bool is_decode(const Plan& plan, Row row) {
   return row.query_len <= kDecodeRows / plan.group;
 }
 
-// First key that the query at `position` sees, rounded down to a tile.
+// The first key that the query at `position` sees, rounded down to a multiple of kKvTile.
 __device__ int first_key(const Plan& plan, int position) {
   const int first = plan.p.window > 0 ? max(0, position - plan.p.window + 1) : 0;
   return first / kKvTile * kKvTile;
@@ -94,7 +98,7 @@ __device__ void write_item(const Plan& plan, int64_t offset, int64_t index,
 
 // ---- decode -------------------------------------------------------------------------------------
 
-// Where the tiles of decode rows lie in the line that is cut into ranges.
+// The line of all decode rows' costs, and how it is cut into ranges.
 struct Line {
   int64_t total, share;
   int num_ranges, rest;  // total = share * num_ranges + rest
@@ -116,9 +120,9 @@ struct Line {
 
 struct DecodeRow {
   int kv_begin = 0, seq_len = 0, num_tiles = 0;
-  int64_t at = 0;  // in the line
+  int64_t at = 0;  // position in the line
   int first_range = 0, last_range = -1;
-  int index = 0, num_items = 0, first_part = 0;  // the range of its first item
+  int index = 0, num_items = 0, first_part = 0;  // first_part is the range of the row's first item
   int first_item = 0, first_partial = 0;
 
   __device__ DecodeRow(const Plan& plan, int row_index) : index(row_index) {
@@ -147,14 +151,14 @@ struct DecodeRow {
   __device__ void place(const Plan& plan, const Line& line, int64_t position, bool is_whole) {
     if (num_tiles == 0) return;
     at = position;
-    // Where no row is split, that of its middle has all of it.
+    // Where no row is split, a row belongs to the range that holds its middle.
     const int64_t middle = cost(plan) / 2;
     first_range = line.range_of(is_whole ? at + middle : at);
     last_range = line.range_of(is_whole ? at + middle : at + cost(plan) - 1);
   }
 
-  // First tile of the row that `range` has. A cut that would leave a part shorter than kMinSplit on
-  // one of its sides moves to the row's end there.
+  // The first tile of the row that belongs to `range`. If a cut would leave a part shorter than
+  // kMinSplit on one of its sides, it moves to the row's end on that side.
   __device__ int cut(const Plan& plan, const Line& line, int range) const {
     if (range <= first_range) return 0;
     if (range > last_range) return num_tiles;
@@ -163,8 +167,9 @@ struct DecodeRow {
     return num_tiles - tile < kMinSplit ? num_tiles : static_cast<int>(tile);
   }
 
-  // Each range that the row touches gets a part of it, except the ranges at both ends whose part
-  // would be too short. Between them cuts are further apart than the shortest part.
+  // Each range that the row touches gets one part of it, except that the ranges at both ends get
+  // none if their part would be too short. The cuts between them are further apart than the
+  // shortest part.
   __device__ void count_items(const Plan& plan, const Line& line) {
     if (num_tiles == 0) return;
     int last = last_range;
@@ -175,7 +180,7 @@ struct DecodeRow {
   }
 };
 
-constexpr int kFewItems = 4;  // of a row, that one thread writes by itself
+constexpr int kFewItems = 4;  // of a row; so many are written by one thread
 
 __device__ void write_part(const Plan& plan, const Line& line, Shared& shared, const DecodeRow& row,
                            int split) {
@@ -193,7 +198,7 @@ __device__ void write_part(const Plan& plan, const Line& line, Shared& shared, c
   atomicAdd(&shared.range_items[range], 1);
 }
 
-// Writes the items of each lane's row; long rows are written by the whole warp.
+// Writes the items of each lane's row. The whole warp writes the items of a row with many.
 __device__ void write_parts(const Plan& plan, const Line& line, Shared& shared,
                             const DecodeRow& row) {
   if (row.num_items <= kFewItems) {
@@ -208,8 +213,9 @@ __device__ void write_parts(const Plan& plan, const Line& line, Shared& shared,
   }
 }
 
-// Sees whether no row needs to be split: with all rows whole no range is much longer than an even share.
-// Two parts cost the writing and reading of sums, and the wait of who puts them together.
+// Finds out whether rows can be kept whole: whether no range would then be much longer than an even
+// share. Splitting a row costs writing and reading partial sums, and a wait of the CTA that merges
+// them.
 __device__ void see_whether_whole(const Plan& plan, Shared& shared, const Line& line) {
   const int thread = threadIdx.x;
   if (thread == 0) shared.is_whole = plan.p.num_rows <= kThreads && line.total > 0;
@@ -226,7 +232,7 @@ __device__ void see_whether_whole(const Plan& plan, Shared& shared, const Line& 
   __syncthreads();
 }
 
-// Returns the number of items.
+// Returns the number of decode items.
 __device__ int plan_decode(const Plan& plan, Shared& shared) {
   const int thread = threadIdx.x;
   shared.range_items[thread] = 0;
@@ -272,7 +278,7 @@ struct QueryTile {
 
   __device__ QueryTile(const Plan& plan, Row row, int index) {
     const int last_packed = min((index + 1) * kPrefillRows, row.query_len * plan.group) - 1;
-    const int position = row.seq_len - row.query_len;  // of the row's first query
+    const int position = row.seq_len - row.query_len;  // position of the row's first query
     kv_begin = first_key(plan, position + index * kPrefillRows / plan.group);
     kv_end = position + last_packed / plan.group + 1;
     num_kv_tiles = divide_up(kv_end - kv_begin, kKvTile);
@@ -296,7 +302,7 @@ __device__ void for_each_query_tile(const Plan& plan, Shared& shared, Fn&& fn) {
     if (thread == 0) shared.row_tiles[kThreads] = static_cast<int>(total);
     __syncthreads();
     for (int i = thread; i < total; i += kThreads) {
-      int low = 0, high = kThreads;  // the last row that begins at or before i
+      int low = 0, high = kThreads;  // searches for the last row that begins at or before i
       while (high - low > 1) {
         const int middle = (low + high) / 2;
         (shared.row_tiles[middle] <= i ? low : high) = middle;
@@ -308,7 +314,7 @@ __device__ void for_each_query_tile(const Plan& plan, Shared& shared, Fn&& fn) {
   }
 }
 
-// Returns the number of items.
+// Returns the number of prefill items.
 __device__ int plan_prefill(const Plan& plan, Shared& shared, int64_t offset) {
   const int thread = threadIdx.x;
   int64_t tiles = 0;
@@ -330,7 +336,7 @@ __device__ int plan_prefill(const Plan& plan, Shared& shared, int64_t offset) {
   __syncthreads();
   if (thread == 0) shared.buckets[0] = 0;
 
-  int chunk = longest;  // KV tiles of an item, at most
+  int chunk = longest;  // the most KV tiles that an item may have
   if (num_tiles < plan.num_chunks) {
     int64_t kv_tiles = 0;
     for_each_query_tile(plan, shared,
@@ -341,7 +347,7 @@ __device__ int plan_prefill(const Plan& plan, Shared& shared, int64_t offset) {
   }
   __syncthreads();
 
-  const auto bucket_of = [&](int kv_tiles) {  // the longest first
+  const auto bucket_of = [&](int kv_tiles) {  // the longest come first
     return kBuckets - 1 - static_cast<int>(int64_t{kv_tiles} * (kBuckets - 1) / longest);
   };
   for_each_query_tile(plan, shared, [&](int, int, const QueryTile& tile) {

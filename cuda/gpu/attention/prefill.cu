@@ -1,4 +1,5 @@
-// Prefill attention of head_dim 64 and 128 by mma.sync: prefill_kernel.cuh; and who does what.
+// Prefill attention for head_dim 64 and 128 by mma.sync (prefill_kernel.cuh), and the choice
+// between the prefill kernels.
 #include "gpu/attention/prefill_kernel.cuh"
 
 #include "gpu/attention/attention.h"
@@ -8,9 +9,10 @@ namespace pyserve::gpu {
 namespace prefill {
 namespace {
 
-// Two blocks of four warps to an SM, with steps of 64 keys where its shared memory has room for it
-// (sm_90) and of 32 where not (sm_80). At head_dim 128 on the small ones (sm_86, 89, 120) one block
-// of eight warps: their tensor cores are slow enough to wait for twice the fragment loads.
+// Two blocks of four warps per SM, with steps of 64 keys where the shared memory allows it (sm_90),
+// else of 32 (sm_80). For head_dim 128 on devices with small shared memory (sm_86, 89, 120) it is
+// one block of eight warps: their tensor cores are slow enough to wait for twice as many fragment
+// loads.
 template <class T, int kHeadDim>
 cudaError_t launch_typed(const AttentionParams& p, cudaStream_t stream) {
   const Device* device = nullptr;

@@ -1,5 +1,5 @@
-// What one warp of the prefill kernel does with one step of keys: scores, masks, online softmax and
-// weights times values, all in registers; queries, keys and values in swizzled shared memory.
+// What a warp of the prefill kernel does with one step of keys: scores, masks, online softmax, and
+// weights times values, all in registers. Queries, keys and values lie in swizzled shared memory.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,8 +17,8 @@ namespace pyserve::gpu::prefill {
 
 constexpr int kStages = 2;
 
-// Of a tile's kPrefillRows packed rows a block takes kRowsPerBlock. kMayCapScores: whether it does
-// is said by its arguments.
+// The sizes of a prefill kernel. Of a query tile's kPrefillRows packed rows a block takes
+// kRowsPerBlock. With kMayCapScores, the kernel's arguments say whether scores are capped.
 template <class Element, int kDim, int kWarpsPerBlock, int kKeysPerStep,
           int kRowsPerBlock = kPrefillRows, bool kMayCapScores = false>
 struct Config {
@@ -29,13 +29,15 @@ struct Config {
   static constexpr int kRows = kRowsPerBlock;
   static constexpr bool kMayCap = kMayCapScores;
   static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kFragments = kRows / (16 * kWarps);  // of 16 rows, in a warp
+  static constexpr int kFragments = kRows / (16 * kWarps);  // fragments of 16 rows per warp
   static constexpr int kWarpRows = 16 * kFragments;
   static constexpr bool kQueryInRegisters = kFragments * kHeadDim <= 128;
-  static constexpr int kChunks = kHeadDim / 8;  // of 16 bytes, in a row
-  static constexpr int kRowBytes = (kChunks + 7) / 8 * 128;  // whole groups of swizzled chunks
+  static constexpr int kChunks = kHeadDim / 8;  // chunks of 16 bytes per row
+  // Whole groups of 8 chunks, for the swizzle.
+  static constexpr int kRowBytes = (kChunks + 7) / 8 * 128;
   static constexpr int kTileBytes = kKeys * kRowBytes;
-  // Shared memory: Q, the K and the V ring, row addresses, query positions, a flag, the item.
+  // Shared memory: queries, the rings of keys and of values, row addresses, query positions, a
+  // flag, the item.
   static constexpr int kKeyOffset = kRows * kRowBytes;
   static constexpr int kValueOffset = kKeyOffset + kStages * kTileBytes;
   static constexpr int kAddressOffset = kValueOffset + kStages * kTileBytes;
@@ -47,8 +49,8 @@ struct Config {
   static_assert(kKvTile % kKeys == 0 && kThreads >= kRows && kThreads >= 2 * kKeys);
 };
 
-// Byte offset of 16-byte chunk `chunk` in row `row`: the low three bits of the chunk are XORed with
-// the row's, so that eight rows of one column lie in different banks.
+// The byte offset of a 16-byte chunk in a row. The low three bits of its number are XORed with the
+// row's number, so that the same chunk of eight rows lies in different banks.
 template <class C>
 __device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
   return row * C::kRowBytes + ((chunk ^ (row & 7)) << 4);
@@ -65,13 +67,14 @@ struct WarpRange {
   }
 };
 
-// A warp's rows: the output so far and the softmax's state. Of each fragment a thread holds rows
-// lane / 4 and lane / 4 + 8, in each 8 columns of it 2 * (lane % 4) and the next.
+// The state of a warp's rows: the output so far, and the maxima and sums of the softmax. For each
+// fragment a thread holds rows lane / 4 and lane / 4 + 8, and in each 8 columns the columns 2 *
+// (lane % 4) and the next.
 template <class C>
 struct Accumulator {
   float out[C::kFragments][C::kHeadDim / 8][4];
-  float max[C::kFragments][2];  // log2 of the weights' common factor
-  float sum[C::kFragments][2];  // of this thread's columns
+  float max[C::kFragments][2];  // log2 of a factor that all of the row's weights have
+  float sum[C::kFragments][2];  // over this thread's columns
 };
 
 template <class C>
@@ -91,16 +94,17 @@ __device__ __forceinline__ void clear(Accumulator<C>& acc) {
 template <class C>
 using Scores = float[C::kFragments][C::kKeys / 8][4];
 
-// Lane addresses of ldmatrix within a tile. A further row of 16 is 16 * kRowBytes further; column
-// block i of 16 elements is at column_block(address, i).
+// The addresses of a lane for ldmatrix within a tile. 16 rows further the address grows by 16 *
+// kRowBytes; column block i of 16 elements is at column_block(address, i).
 template <class C>
-__device__ __forceinline__ uint32_t row_major_lane(uint32_t tile) {  // A of Q; B of V, transposed
+// A operand from Q; B operand from V, transposed.
+__device__ __forceinline__ uint32_t row_major_lane(uint32_t tile) {
   const int lane = threadIdx.x % kWarpSize;
   return tile + swizzled<C>(lane % 16, lane / 16);
 }
 
 template <class C>
-__device__ __forceinline__ uint32_t column_major_lane(uint32_t tile) {  // B of K
+__device__ __forceinline__ uint32_t column_major_lane(uint32_t tile) {  // B operand from K
   const int lane = threadIdx.x % kWarpSize;
   return tile + swizzled<C>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 }
@@ -173,7 +177,8 @@ __device__ __forceinline__ void mask_scores(Scores<C>& s, const int32_t* positio
       const int position = positions[m * 16 + half * 8 + lane / 4];
       const int first = window > 0 ? position - window + 1 : 0;
       const int num_visible = max(min(position + 1, end_key) - first, 0);
-      // A key before the first visible one has a negative offset, which is huge as unsigned.
+      // A key in front of the first visible one has a negative offset, which is huge as an unsigned
+      // number.
       const uint32_t from_first = static_cast<uint32_t>(step_begin + lane % 4 * 2) - first;
 #pragma unroll
       for (int n = 0; n < C::kKeys / 8; ++n) {
@@ -187,7 +192,8 @@ __device__ __forceinline__ void mask_scores(Scores<C>& s, const int32_t* positio
   }
 }
 
-// Raises the running maxima of the warp's rows if a score exceeds its row's by more than kMaxLag.
+// Raises the running maxima of the warp's rows if any score exceeds its row's maximum by more than
+// kMaxLag.
 template <class C>
 __device__ __forceinline__ void update_max(Accumulator<C>& acc, const Scores<C>& s,
                                            float scale_log2) {

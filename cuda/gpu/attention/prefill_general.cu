@@ -1,10 +1,11 @@
-// Prefill attention of head_dim 96 and 256, and of 128 with capped scores, by mma.sync:
-// prefill_kernel.cuh, with kernels that look at their arguments for a cap.
+// Prefill attention for head_dim 96 and 256, and for 128 with capped scores, by mma.sync
+// (prefill_kernel.cuh). These kernels read from their arguments whether there is a cap.
 //
-// Of head_dim 256 a warp has 16 rows, whose sums are 128 registers a thread: each fragment of keys
-// and values is read for one product of 16 rows, and shared memory then allows 80 % of an sm_80's
-// products. 128 rows take 130 KB with keys and values (sm_80, sm_90); the small cards take 64 rows.
-// One kernel each for head_dim 96 and for 128 capped, which fit every card.
+// With head_dim 256 a warp has only 16 rows, whose sums take 128 registers per thread. Each
+// fragment of keys and values is then read for the product of only 16 rows, for which shared memory
+// allows 80 % of the products of an sm_80. 128 rows with keys and values take 130 KB (sm_80,
+// sm_90); devices with less shared memory take 64 rows. For head_dim 96, and for 128 with a cap,
+// one configuration each fits every device.
 #include "gpu/attention/prefill_kernel.cuh"
 
 #include "gpu/attention/attention.h"

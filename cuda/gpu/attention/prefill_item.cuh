@@ -1,5 +1,5 @@
-// What the two prefill kernels (prefill.cu, prefill_sm90a.cu) share: where an item's rows and keys
-// lie, and how the parts of a query tile whose keys were split are put together.
+// What the two prefill kernels (prefill_kernel.cuh, prefill_sm90a.cu) share: where the rows and
+// keys of an item lie, and how the partial results of a query tile are merged.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,25 +11,27 @@
 
 namespace pyserve::gpu::prefill {
 
-constexpr float kNoMax = -1e30f;  // finite: a row that has seen no key needs no special case
-constexpr float kMaxLag = 8.0f;   // log2; weights stay below 2^8, far inside float16
+// Finite, so that a row that has seen no key needs no special case.
+constexpr float kNoMax = -1e30f;
+// In log2 units; weights stay below 2^8, far inside the range of float16.
+constexpr float kMaxLag = 8.0f;
 
-// What a block works on; the same in all its threads.
+// What a block works on; the same in all of its threads.
 struct Geometry {
   int32_t kv_head, group;
   int32_t slot;
-  int32_t query_begin;   // token of the row's first query
+  int32_t query_begin;   // token index of the row's first query
   int32_t context;       // position of that query
-  int32_t first_packed;  // packed row of the row that is the tile's first
-  int32_t num_packed;    // of the tile
+  int32_t first_packed;  // the tile's first packed row, counted in the row
+  int32_t num_packed;    // packed rows of the tile
   int32_t first_key;     // the lowest key that any query of the tile sees
 
-  // A padded row: nothing to do, in all items of the tile.
+  // Whether the row is padding, which leaves nothing to do; it is so for all items of the tile.
   __device__ __forceinline__ bool is_empty() const { return slot < 0 || num_packed <= 0; }
 };
 
-// Of the item's packed rows those of a block's part, kRows each. Traps where the row's slot or
-// lengths are out of range, if kIsChecked.
+// For part `part` of an item, where a part has kRows of its packed rows. With kIsChecked it traps
+// if the row's slot or lengths are out of range.
 template <bool kIsChecked = true, int kRows = kPrefillRows>
 __device__ __forceinline__ Geometry make_geometry(const AttentionParams& p,
                                                   const AttentionItem& item, int kv_head,
@@ -57,7 +59,7 @@ __device__ __forceinline__ AttentionItem load_item(const AttentionParams& p, int
   return reinterpret_cast<const AttentionItem*>(p.work + p.work[kWorkPrefillItemsOffset])[index];
 }
 
-// Where packed row `row` of the tile comes from in q, and goes in out.
+// Where packed row `row` of the tile lies in q; output_row says the same for out.
 template <class T>
 __device__ __forceinline__ const T* query_row(const AttentionParams& p, const Geometry& g,
                                               int row) {
@@ -75,8 +77,9 @@ __device__ __forceinline__ T* output_row(const AttentionParams& p, const Geometr
   return static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
 }
 
-// Where packed rows first_row, first_row + step, .. of a tile lie in q or out (elements): found
-// without a division for each, which would take longer than the copy of the row.
+// The offsets, in elements, of packed rows first_row, first_row + num_step, ... of a tile in q or
+// out. They are stepped through without a division per row, which would take longer than copying
+// the row.
 struct RowWalk {
   int64_t offset, step, wrap;
   int32_t head, head_step, group;
@@ -103,16 +106,17 @@ struct RowWalk {
   }
 };
 
-// Does what merge_row of merge.cuh does, for rows first_row .. end_row - 1 of a tile at once, by
-// kThreads >= that many threads: taken one by one, the loads of each of so many rows would wait for
-// those of the row before. The part of split 0 lies from row first_partial on in the partial
-// buffers. `scales` is shared memory for a pair a row, `sync` the barrier of these threads.
+// Does what merge_row of merge.cuh does, for rows first_row .. end_row - 1 of a tile together, by
+// kThreads threads, at least as many as there are rows. If the rows were merged one by one, the
+// loads of each would wait for those of the row before. Split 0 lies from row first_partial on in
+// the partial buffers. `scales` is shared memory for one pair per row, and `sync` is the barrier of
+// these threads.
 template <class T, int kHeadDim, int kThreads, class Sync>
 __device__ __forceinline__ void merge_rows(const AttentionParams& p, const Geometry& g,
                                            const AttentionPartials& partials, int64_t first_partial,
                                            int num_splits, int first_row, int end_row, int thread,
                                            float2* scales, Sync&& sync) {
-  constexpr int kRowsAtOnce = 4, kLanes = kHeadDim / 4;  // lanes of a row: four columns each
+  constexpr int kRowsAtOnce = 4, kLanes = kHeadDim / 4;  // lanes per row, four columns each
   const int64_t split_rows = static_cast<int64_t>(p.num_kv_heads) * kPrefillRows;
   const auto* stats = reinterpret_cast<const float2*>(partials.stats) + first_partial;
   const auto* acc = reinterpret_cast<const float4*>(partials.acc) + first_partial * kLanes;
@@ -127,11 +131,12 @@ __device__ __forceinline__ void merge_rows(const AttentionParams& p, const Geome
       const float2 part = __ldcg(stats + split * split_rows + row);
       sum += exp2_approx(part.x - largest) * part.y;
     }
-    scales[row] = make_float2(largest, sum == 0.0f ? 0.0f : 1.0f / sum);  // the largest score
+    // The largest score, and 1 / sum of weights.
+    scales[row] = make_float2(largest, sum == 0.0f ? 0.0f : 1.0f / sum);
   }
   sync();
-  constexpr int kStep = kThreads / kLanes;  // rows between those of a thread
-  if (kThreads % kLanes != 0 && thread / kLanes == kStep) return;  // a thread too many
+  constexpr int kStep = kThreads / kLanes;  // distance between the rows of a thread
+  if (kThreads % kLanes != 0 && thread / kLanes == kStep) return;  // this thread has no row
   const int lane = thread % kLanes;
   for (int base = first_row + thread / kLanes; base < end_row; base += kRowsAtOnce * kStep) {
     float4 total[kRowsAtOnce] = {};

@@ -1,18 +1,21 @@
-// Paged prefill attention: one query tile of kPrefillRows packed rows (token * group + head of the
-// group) against a range of keys, online softmax, scores and weights never leave the registers.
+// Paged prefill attention by mma.sync, in bfloat16 or float16: one query tile of kPrefillRows
+// packed rows (packed row = token * group + head of the group) against a range of keys. Online
+// softmax; scores and weights never leave the registers.
 //
-// A warp owns 16 * kFragments rows of the tile and all keys of a step: at 32 rows a warp reads 6
-// (QK) and 4 (PV) fragments of shared memory for 16 mma, which shared memory can just sustain
-// beside the tensor cores of an sm_80 or sm_90. K and V tiles go round a ring of two stages: while
-// one is used, cp.async fills the other from addresses looked up in the block table a tile earlier,
-// one lookup per row. Keys run from high to low, so that the tiles to be masked come first.
-// The running maximum lags: it follows only when a score exceeds it by 2^kMaxLag, which leaves the
-// weights as exact (their sum has the same factor) and makes rescaling of the output rare.
+// Work: the grid is (KV heads, items of the plan, parts of a query tile). A warp has 16 *
+// kFragments rows of the tile and all keys of a step. With 32 rows a warp reads 6 (QK) and 4 (PV)
+// fragments of shared memory for 16 mma, which shared memory can just sustain beside the tensor
+// cores of an sm_80 or sm_90. Tiles of K and V go through a ring of two stages: while one is used,
+// cp.async fills the other. The addresses come from the block table and are looked up a tile
+// earlier, once per row. Keys run from high to low, so the tiles that need a mask come first. The
+// running maximum lags: it is raised only when a score exceeds it by 2^kMaxLag. The weights are as
+// exact as before, because their sum has the same factor, and the output seldom needs to be
+// rescaled.
 //
-// Floor: 4 * num_heads * head_dim * sum(query_len * (context + query_len / 2)) FLOP at the rate of
-// mma.sync, on Hopper about 0.62 of wgmma's.
-// Sources: FlashAttention-2 (Dao 2023); packing of a group's heads and paged loads: FlashInfer (Ye
-// et al. 2025); lagging maximum: the kernels of FlashAttention-4.
+// Bound by compute: 4 * num_heads * head_dim * sum(query_len * (context + query_len / 2)) FLOP at
+// the rate of mma.sync, which on Hopper is about 0.62 of wgmma's.
+// Sources: FlashAttention-2 (Dao 2023); packing the heads of a group, and paged loads: FlashInfer
+// (Ye et al. 2025); the lagging maximum: the kernels of FlashAttention-4.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -32,7 +35,7 @@
 
 namespace pyserve::gpu::prefill {
 
-// Starts the copy of the tile's queries; zeros in rows beyond the last.
+// Starts to copy the tile's queries, with zeros in rows behind the last.
 template <class C>
 __device__ __forceinline__ void copy_queries(const AttentionParams& p, const Geometry& g,
                                              uint32_t smem) {
@@ -48,7 +51,8 @@ __device__ __forceinline__ void copy_queries(const AttentionParams& p, const Geo
   }
 }
 
-// Each thread knows one row of a step's tiles: threads 0 .. kKeys - 1 of K, the next kKeys of V.
+// Each thread looks up one row of a step's tiles: threads 0 .. kKeys - 1 those of K, the next kKeys
+// those of V.
 template <class C>
 __device__ __forceinline__ bool has_row(int first_key, int end_key, int step_begin, int& key) {
   key = step_begin + static_cast<int>(threadIdx.x) % C::kKeys;
@@ -56,7 +60,7 @@ __device__ __forceinline__ bool has_row(int first_key, int end_key, int step_beg
 }
 
 // The block that holds this thread's row; 0 where there is none. store_address checks it later, so
-// that nothing waits for the load here.
+// that nothing waits for this load here.
 template <class C>
 __device__ __forceinline__ int32_t find_block(const AttentionParams& p, const Geometry& g,
                                               int end_key, int step_begin) {
@@ -65,13 +69,13 @@ __device__ __forceinline__ int32_t find_block(const AttentionParams& p, const Ge
   return p.block_table[g.slot * p.block_table_stride + (key >> p.block_size_log2)];
 }
 
-// Steps begin at multiples of kKeys: neighbours lie in different stages of the ring.
+// Steps begin at multiples of kKeys, so neighbouring steps use different stages of the ring.
 template <class C>
 __device__ __forceinline__ int stage_of(int step_begin) {
   return static_cast<uint32_t>(step_begin) / C::kKeys % kStages;
 }
 
-// Leaves the address of this thread's row in the table of the stage.
+// Stores the address of this thread's row in the table of the stage.
 template <class C>
 __device__ __forceinline__ void store_address(const AttentionParams& p, const Geometry& g,
                                               int32_t block, int step_begin, int64_t* addresses) {
@@ -88,8 +92,8 @@ __device__ __forceinline__ void store_address(const AttentionParams& p, const Ge
   addresses[threadIdx.x] = reinterpret_cast<int64_t>(base + offset);
 }
 
-// Starts the copy of a step's K and V; zeros in rows that no query of the item sees, because the
-// weight 0 of a key does not hide a NaN in its value.
+// Starts to copy the K and V of a step. Rows that no query of the item sees become zeros: a weight
+// of 0 would not hide a NaN in a value.
 template <class C>
 __device__ __forceinline__ void copy_step(int first_key, int end_key, int step_begin,
                                           const int64_t* addresses, uint32_t smem) {
@@ -125,15 +129,16 @@ __device__ __forceinline__ void copy_step(int first_key, int end_key, int step_b
   }
 }
 
-// Writes a warp's rows, divided by their sums, through its part of the queries' shared memory, so
-// that whole lines go out. `smem` points to the warp's first row there.
+// Divides a warp's rows by their sums and writes them to out. They pass through the warp's part of
+// the queries' shared memory, so that whole lines are written. `smem` points to the warp's first
+// row there.
 template <class C>
 __device__ __forceinline__ void write_rows(const AttentionParams& p, const Geometry& g,
                                            const Accumulator<C>& acc, int warp_row,
                                            unsigned char* smem) {
   using T = typename C::T;
   const int lane = threadIdx.x % kWarpSize;
-  __syncwarp();  // all lanes have read their queries
+  __syncwarp();  // all lanes have finished with their queries
 #pragma unroll
   for (int m = 0; m < C::kFragments; ++m) {
 #pragma unroll
@@ -151,7 +156,8 @@ __device__ __forceinline__ void write_rows(const AttentionParams& p, const Geome
   __syncwarp();
   constexpr int kRowsAtOnce = kWarpSize / C::kChunks;
   const int chunk = lane % C::kChunks;
-  if (kWarpSize % C::kChunks != 0 && lane / C::kChunks == kRowsAtOnce) return;  // a lane too many
+  // This lane has no row.
+  if (kWarpSize % C::kChunks != 0 && lane / C::kChunks == kRowsAtOnce) return;
   for (int row = lane / C::kChunks; row < C::kWarpRows; row += kRowsAtOnce) {
     if (warp_row + row >= g.num_packed) break;
     T* out = output_row<T>(p, g, warp_row + row);
@@ -182,8 +188,8 @@ __device__ __forceinline__ void write_partial(const AttentionPartials& partials,
   }
 }
 
-// Attends to the item's keys from the last step to the first; leaves the item in shared memory.
-// False where the row is padding, which it then is in all items of the tile.
+// Works through the item's keys, from the last step to the first, and leaves the item in shared
+// memory. Returns false where the row is padding, which is then so in all items of the tile.
 template <class C>
 __device__ __forceinline__ bool attend(const AttentionParams& p, int item_index, int kv_head,
                                        int part, unsigned char* smem, Accumulator<C>& acc) {
@@ -195,7 +201,8 @@ __device__ __forceinline__ bool attend(const AttentionParams& p, int item_index,
   const int warp_row = threadIdx.x / kWarpSize * C::kWarpRows;
   auto* positions = reinterpret_cast<int32_t*>(smem + C::kPositionOffset);
   if (threadIdx.x < C::kRows) {
-    // Rows beyond the last take the last one's position; a warp of only such rows sees no key.
+    // Rows behind the last one take its position. In a warp with no other rows they take -1 and see
+    // no key.
     const int row = threadIdx.x;
     const int packed = g.first_packed + min(row, g.num_packed - 1);
     const bool has_work = row / C::kWarpRows * C::kWarpRows < g.num_packed;
@@ -217,14 +224,14 @@ __device__ __forceinline__ bool attend(const AttentionParams& p, int item_index,
     store_address<C>(p, g, find_block<C>(p, g, item.kv_end, step), step,
                      addresses + stage_of<C>(step) * 2 * C::kKeys);
   }
-  __syncthreads();  // positions, too
+  __syncthreads();  // the positions must be visible, too
   copy_step<C>(g.first_key, item.kv_end, begin, addresses, base);
   cp_async_commit();
   QueryFragments<C> q;
 
   for (; begin >= item.kv_begin; begin -= C::kKeys) {
     cp_async_wait<0>();
-    // The step has arrived; the one before it and its addresses are no longer read.
+    // The step has arrived, and no thread reads the step before or its addresses any more.
     __syncthreads();
     const int next = begin - C::kKeys, after_next = next - C::kKeys;
     int32_t block = 0;
@@ -267,14 +274,14 @@ __device__ __forceinline__ bool attend(const AttentionParams& p, int item_index,
   return true;
 }
 
-// Two blocks of four warps share an SM's registers; of eight warps there is one.
+// Two blocks of four warps share an SM's registers; a block of eight warps has them alone.
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kWarps == 4 ? 2 : 1)
     prefill_kernel(const AttentionParams p, const AttentionPartials partials) {
   extern __shared__ __align__(128) unsigned char dynamic_smem[];
   unsigned char* smem = dynamic_smem;
-  // The heads of an item are neighbours: rows of the caches lie beside each other by head, and
-  // items come longest first for all heads at once.
+  // The heads of an item are neighbours in the grid: their rows lie side by side in the caches, and
+  // the items come longest first for all heads at once.
   const int kv_head = blockIdx.x;
   const int item_index = blockIdx.y, part = blockIdx.z;
   pdl_wait();
@@ -284,7 +291,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kWarps == 4 ? 2 : 1)
   clear(acc);
   if (!attend<C>(p, item_index, kv_head, part, smem, acc)) return;
 
-  // Both are computed a second time: kept over the loop, they would take registers that it needs.
+  // Both are read again rather than kept over the loop, where they would take registers that it
+  // needs.
   const AttentionItem item = *reinterpret_cast<const AttentionItem*>(smem + C::kItemOffset);
   const Geometry g = make_geometry<true, C::kRows>(p, item, kv_head, part);
   const int warp = threadIdx.x / kWarpSize;
@@ -293,7 +301,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kWarps == 4 ? 2 : 1)
     write_rows<C>(p, g, acc, warp_row, smem + warp_row * C::kRowBytes);
     return;
   }
-  // Each part of a tile counts its own arrivals: where there are splits there are two counters.
+  // Each part of a tile counts its own arrivals. A tile with splits has at least two counters,
+  // enough for two parts.
   static_assert(kPrefillRows / C::kRows <= 2);
   const int64_t first_buffer =
       static_cast<int64_t>(item.partial - item.split) * p.num_kv_heads + kv_head;
@@ -323,13 +332,13 @@ cudaError_t launch_config(const AttentionParams& p, cudaStream_t stream) {
                         prefill_partials(p));
 }
 
-// Whether two blocks fit one SM; each takes 1 KB more than it asks for.
+// Whether two blocks fit on one SM. The driver reserves 1 KB more for each.
 template <class C>
 bool fits_twice(const Device& device) {
   return 2 * (C::kSmemBytes + 1024) <= device.smem_per_sm;
 }
 
-// For head_dim 96 and 256, and capped scores: prefill_general.cu.
+// For head_dim 96 and 256, and for capped scores: prefill_general.cu.
 cudaError_t launch_general(const AttentionParams& p, Dtype dtype, cudaStream_t stream);
 
 }  // namespace pyserve::gpu::prefill

@@ -1,19 +1,23 @@
-// Paged prefill attention on Hopper: the items of prefill.cu by wgmma and TMA.
+// Paged prefill attention on Hopper, in bfloat16 or float16, for head_dim 64 and 128 and blocks of
+// 16 keys: the items of prefill_kernel.cuh by wgmma and TMA.
 //
-// A block is one warpgroup that loads and two that compute, 64 packed rows each; blocks stay and
-// take every gridDim-th work (an item of a KV head), in alternating direction: the list is longest
-// first, so that the load is even. Of the loading warps two start TMA copies of K and one of V, a
-// block at a time, into rings of kStages tiles of kKeys keys, ahead also across works; the fourth
-// copies the next work's queries. Scores are Q K^T from shared memory, the weights stay in
-// registers as A of the product with V, which is read as it lies (MN-major). The scores of the next
-// tile, also of the next work's first, are started before the product with V of this one, and the
-// softmax runs beside that. Two warpgroups that take turns at their products, as in
-// FlashAttention-3, were 6 % slower at head_dim 128. Keys run from high to low, the running maximum
-// lags: see prefill.cu.
+// Work: a block has one warpgroup that loads and two that compute, with 64 packed rows each. There
+// is one block per SM. The works (an item for one KV head) are listed longest first, and a block
+// takes every gridDim.x-th of them, going through the list in alternating direction so that the
+// load is even. In the loading warpgroup, two warps (one at head_dim 64) start TMA copies of K and
+// one of V, a block of keys at a time, into rings of kStages tiles of kKeys keys; they run ahead,
+// also into the next work. The fourth warp copies the next work's queries. Scores
+// are Q K^T from shared memory. The weights stay in registers as the A operand of the product with
+// V, which is read as it lies (MN-major). The scores of the next tile, also of the next work's
+// first tile, are started before the product with V of the current tile, and the softmax runs
+// beside that product. Letting the two warpgroups alternate their products, as FlashAttention-3
+// does, was 6 % slower at head_dim 128. Keys run from high to low and the running maximum lags: see
+// prefill_kernel.cuh.
 //
-// Floor: 4 * num_heads * head_dim * sum(query_len * (context + query_len / 2)) FLOP at the rate of
-// wgmma; the exponentials take half as long.
-// Sources: FlashAttention-3 (Shah et al. 2024): roles and order; blocks by TMA: FlashInfer.
+// Bound by compute: 4 * num_heads * head_dim * sum(query_len * (context + query_len / 2)) FLOP at
+// the rate of wgmma; the exponentials take half as long.
+// Sources: FlashAttention-3 (Shah et al. 2024) for the roles and their order; FlashInfer for
+// copying blocks by TMA.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -39,8 +43,8 @@ struct Maps {
   CUtensorMap keys, values;
 };
 
-// Calls fn(item, geometry) for this block's works, longest first, by all threads of a role. Of the
-// roles only that which loads keys traps: see take_registers.
+// Calls fn(item, geometry) for this block's works, longest first. All threads of a role call this.
+// Only the role that loads keys and values checks and traps: see take_registers.
 template <bool kIsChecked = false, class Fn>
 __device__ __forceinline__ void for_each_work(const AttentionParams& p, Fn&& fn) {
   const int total = p.work[kWorkNumPrefillItems] * p.num_kv_heads;
@@ -57,27 +61,27 @@ __device__ __forceinline__ void for_each_work(const AttentionParams& p, Fn&& fn)
 
 // ---- loading ------------------------------------------------------------------------------------
 
-// Whether any query of the tile sees one of the keys of the block at `key`.
+// Whether any query of the tile sees any key of the block of keys that begins at `key`.
 __device__ __forceinline__ bool is_seen(const AttentionItem& item, const Geometry& g, int key) {
   return key >= item.kv_begin && key < item.kv_end && key + kBlockSize > g.first_key;
 }
 
-// The id of the block at `key`; past the cache, whence zeros come, where no key of it is seen.
-// Its user checks it, so that nothing waits for the load here.
+// The id of the block of keys at `key`. Where none of its keys is seen it is an id past the cache,
+// for which TMA brings zeros. The caller checks it later, so that nothing waits for this load here.
 __device__ __forceinline__ int find_block(const AttentionParams& p, const AttentionItem& item,
                                           const Geometry& g, int key) {
   if (!is_seen(item, g, key)) return p.num_blocks;
   return p.block_table[g.slot * p.block_table_stride + key / kBlockSize];
 }
 
-// Copies tiles of K or of V, a block and kBoxPanels panels at a time: a lane a block. One warp
-// starts so many copies only just fast enough, so that K's two panels are two warps'.
+// Copies tiles of K or of V: each lane copies one block of keys, kBoxPanels panels of it. A single
+// warp can start the copies only just fast enough, so the two panels of K are copied by two warps.
 template <class C, int kBoxPanels>
 __device__ __forceinline__ void load_tiles(const AttentionParams& p, const CUtensorMap* map,
                                            uint32_t tiles, uint32_t full, uint32_t empty,
                                            int panel) {
   const int lane = threadIdx.x % kWarpSize;
-  const int offset = lane % C::kBlocks * kBlockSize;  // of the lane's block in the tile
+  const int offset = lane % C::kBlocks * kBlockSize;  // offset of the lane's block in the tile
   constexpr uint32_t kBoxBytes = kBoxPanels * kBlockBytes;
   const uint32_t destination = tiles + panel * C::kPanelBytes + offset / kBlockSize * kBoxBytes;
   Place place;
@@ -105,7 +109,7 @@ __device__ __forceinline__ void load_tiles(const AttentionParams& p, const CUten
   });
 }
 
-// Copies each work's queries, zeros in rows beyond the last; by one warp.
+// Copies the queries of each work, with zeros in rows behind the last. One warp does this.
 template <class C>
 __device__ __forceinline__ void load_queries(const AttentionParams& p, const Smem& smem,
                                              Work* works) {
@@ -139,7 +143,7 @@ __device__ __forceinline__ void load_queries(const AttentionParams& p, const Sme
   hand_over({}, {});
 }
 
-// What the four warps of the loading warpgroup do.
+// The roles of the four warps of the loading warpgroup.
 template <class C>
 __device__ __forceinline__ void load(const AttentionParams& p, const Maps& maps, const Smem& smem,
                                      Work* works) {
@@ -157,23 +161,23 @@ __device__ __forceinline__ void load(const AttentionParams& p, const Maps& maps,
 
 // ---- computing ----------------------------------------------------------------------------------
 
-// A computing warpgroup's place in the work, and its products.
+// The position of a computing warpgroup in its works and rings, and its products.
 template <class C>
 struct Products {
   const AttentionParams& p;
   const AttentionPartials& partials;
   Smem smem;
-  unsigned char* memory;  // the same
-  int group;              // warpgroup, 0 or 1
-  int thread;             // in it
+  unsigned char* memory;  // the same memory as a pointer
+  int group;              // computing warpgroup, 0 or 1
+  int thread;             // index within the warpgroup
   float scale_log2;
   Place query, key, value;
 
   static constexpr int kScores = C::kKeys / 2;
-  static constexpr int kSteps = C::kKeys / 16;  // of the product with V
+  static constexpr int kSteps = C::kKeys / 16;  // steps of the product with V
 
   __device__ __forceinline__ int lane() const { return thread % kWarpSize; }
-  __device__ __forceinline__ int warp_row() const {  // in the tile
+  __device__ __forceinline__ int warp_row() const {  // first row of this thread's warp in the tile
     return group * kGroupRows + thread / kWarpSize * 16;
   }
   __device__ __forceinline__ const Work* works() const {
@@ -190,7 +194,7 @@ struct Products {
     if (lane() == 0) mbarrier_arrive(smem.barrier<C>(ring, place.stage));
   }
 
-  // Starts s = Q K^T of the next tile of keys, for the queries at `place`.
+  // Starts s = Q K^T of the next tile of keys, for the queries in stage `place`.
   __device__ __forceinline__ void start_scores(float (&s)[kScores], const Place& place) const {
     const uint64_t q =
         k_major_descriptor(smem.queries<C>(place.stage) + group * kGroupRows * 128);
@@ -230,9 +234,9 @@ struct Products {
     }
   }
 
-  // Waits for the next tile of V. In its rows before `first` and from `end` on, which no query of
-  // the work sees, puts zeros where their blocks have been copied: the weight 0 of a key does not
-  // hide a NaN in its value.
+  // Waits for the next tile of V. Its rows before `first` and from `end` on are seen by no query of
+  // the work. Where such rows lie in a block that has been copied, they are set to zero: a weight
+  // of 0 would not hide a NaN in a value.
   __device__ __forceinline__ void wait_values(int first, int end) const {
     wait_for(kValueFull, value);
     if (first <= 0 && end >= C::kKeys) return;
@@ -252,7 +256,7 @@ struct Products {
   }
 };
 
-// What a computing warpgroup does.
+// The work of a computing warpgroup.
 template <class C>
 struct Consumer : Products<C> {
   using Base = Products<C>;
@@ -261,14 +265,14 @@ struct Consumer : Products<C> {
       Base::warp_row, Base::sync_group, Base::wait_for,
       Base::release, Base::start_scores, Base::start_values, Base::pack_weights, Base::wait_values;
 
-  // The work whose queries arrive next, and whether there is one.
+  // Waits for the next work's queries. Returns whether there is such a work, and sets it.
   __device__ __forceinline__ bool next_work(const Place& place, const Work** work) const {
     wait_for(kQueryFull, place);
     *work = works() + place.stage;
     return (*work)->item.num_splits > 0;
   }
 
-  // Softmax of the first tile of a work: its weights.
+  // Softmax of a work's first tile, which makes its weights.
   __device__ __forceinline__ void begin_work(Accumulator<C>& acc, float (&s)[kScores],
                                              const Visible& visible, int begin,
                                              uint32_t (&weights)[kSteps][4]) const {
@@ -283,8 +287,8 @@ struct Consumer : Products<C> {
     pack_weights(s, weights);
   }
 
-  // The next tile of a work: starts its scores, then the product with V of the tile before it, at
-  // `begin`, beside which its softmax runs.
+  // One more tile of a work: starts its scores and then the product with V of the tile before it,
+  // which is at `begin`. The softmax of the new tile runs beside that product.
   __device__ __forceinline__ void next_tile(Accumulator<C>& acc, float (&s)[kScores],
                                             const Visible& visible, int begin, int first_key,
                                             uint32_t (&weights)[kSteps][4]) {
@@ -309,8 +313,9 @@ struct Consumer : Products<C> {
     pack_weights(s, weights);
   }
 
-  // Writes an item that is a part of its query tile, and merges the parts if it is the last. Each
-  // warpgroup counts its own arrivals: where there are parts there are two counters at least.
+  // Writes the partial results of an item that is a split of its query tile, and merges all splits
+  // if this one arrives last. Each warpgroup counts its own arrivals; a tile with splits has at
+  // least two counters.
   __device__ __forceinline__ void finish_split(const AttentionItem& item, const Geometry& g,
                                                const Accumulator<C>& acc) const {
     const auto sync = [&] { sync_group(); };
@@ -327,7 +332,8 @@ struct Consumer : Products<C> {
         reinterpret_cast<float2*>(memory + C::kScaleOffset), sync);
   }
 
-  // Divides by the sums and writes the result of the work at `query`, which it releases.
+  // Divides the rows by their sums, writes the result of the work in stage `query`, and releases
+  // that stage.
   __device__ __forceinline__ void finish_work(Accumulator<C>& acc) {
     const AttentionItem item = works()[query.stage].item;
     const Geometry g = works()[query.stage].geometry;
@@ -347,8 +353,8 @@ struct Consumer : Products<C> {
     query.advance();
   }
 
-  // All works of the block. The scores of a work's first tile are started beside the products of
-  // the last tile of the one before.
+  // All works of the block. The scores of a work's first tile are started beside the last products
+  // of the work before.
   __device__ __forceinline__ void run() {
     Accumulator<C> acc;
     float s[kScores];
@@ -411,7 +417,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   __syncthreads();
   pdl_wait();
   pdl_launch_dependents();
-  // The group as the compiler must know it: the same in all lanes.
+  // A shuffle, because the compiler then knows that the group is the same in all lanes.
   const int group = __shfl_sync(kFullMask, threadIdx.x / kGroupThreads, 0) - 1;
   if (group < 0) {
     give_registers<56>();
@@ -425,8 +431,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
 }
 
-// A cache as (column of a panel, key of a block, panel, head, block), of which a copy takes a block
-// of `box_panels` panels.
+// Encodes a cache as a tensor (column of a panel, key of a block, panel, head, block), which is
+// copied one block and box_panels panels at a time.
 template <class C>
 cudaError_t encode_cache(const AttentionParams& p, const void* cache, int64_t block_stride,
                          int64_t token_stride, int64_t head_stride, uint32_t box_panels,

@@ -1,5 +1,5 @@
-// What a thread of prefill_sm90a.cu does with its rows: masks, online softmax, writing; and where
-// everything lies in shared memory.
+// What a thread of prefill_sm90a.cu does with its rows (masks, online softmax, writing), and the
+// layout of shared memory.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,21 +16,22 @@
 
 namespace pyserve::gpu::prefill::sm90a {
 
-constexpr int kGroupThreads = 128;  // of a warpgroup
+constexpr int kGroupThreads = 128;  // threads of a warpgroup
 constexpr int kConsumers = 2;       // warpgroups that compute
 constexpr int kGroupRows = kPrefillRows / kConsumers;
-constexpr int kBlockSize = 16;  // keys of a block of the cache
+constexpr int kBlockSize = 16;  // keys per block of the cache
 constexpr int kStages = 2;
-constexpr int kBlockBytes = kBlockSize * 128;  // of one panel
-static_assert(kGroupRows == 64);  // m of wgmma
+constexpr int kBlockBytes = kBlockSize * 128;  // bytes of a block in one panel
+static_assert(kGroupRows == 64);  // wgmma's m
 
-constexpr int kGroupBarrier = 1;  // named barrier of the first computing warpgroup
+// Named barrier of the first computing warpgroup; the second's follows.
+constexpr int kGroupBarrier = 1;
 
 enum Ring { kQueryFull, kQueryEmpty, kKeyFull, kKeyEmpty, kValueFull, kValueEmpty, kNumRings };
 
-// What goes with a tile of queries through shared memory to the warpgroups that compute.
+// What accompanies a tile of queries through shared memory to the computing warpgroups.
 struct Work {
-  AttentionItem item;  // num_splits 0: there is no more work
+  AttentionItem item;  // num_splits 0 means that there is no more work
   Geometry geometry;
 };
 static_assert(sizeof(Work) % 16 == 0);
@@ -41,14 +42,14 @@ struct Config {
   static constexpr int kHeadDim = kDim;
   static constexpr int kKeys = 128;
   static constexpr int kBlocks = kKeys / kBlockSize;
-  static constexpr int kPanels = kDim / 64;  // of 128-byte rows
+  static constexpr int kPanels = kDim / 64;  // panels have rows of 128 bytes
   static constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
   static constexpr int kQueryPanelBytes = kPrefillRows * 128;
   static constexpr int kPanelBytes = kKeys * 128;
   static constexpr int kQueryBytes = kPanels * kQueryPanelBytes;
   static constexpr int kTileBytes = kPanels * kPanelBytes;
   // Shared memory: two tiles of queries, the rings of K and V, barriers, the works that the queries
-  // belong to, scales and flags of merges.
+  // belong to, and scales and flags for merging.
   static constexpr int kKeyOffset = kStages * kQueryBytes;
   static constexpr int kValueOffset = kKeyOffset + kStages * kTileBytes;
   static constexpr int kBarrierOffset = kValueOffset + kStages * kTileBytes;
@@ -56,7 +57,7 @@ struct Config {
   static constexpr int kScaleOffset = kWorkOffset + kStages * sizeof(Work);
   static constexpr int kFlagOffset = kScaleOffset + kPrefillRows * 8;
   static constexpr int kUsedBytes = kFlagOffset + kConsumers * 4;
-  static constexpr int kSmemBytes = kUsedBytes + 1024;  // to begin at a multiple of 1024
+  static constexpr int kSmemBytes = kUsedBytes + 1024;  // room to begin at a multiple of 1024
   static_assert(kSmemBytes <= 227 * 1024 && kUsedBytes % 8 == 0);
 };
 
@@ -89,7 +90,8 @@ __device__ __forceinline__ void init_barriers(const Smem& smem) {
     mbarrier_init(smem.barrier<C>(kQueryFull, stage), 1);
     mbarrier_init(smem.barrier<C>(kKeyFull, stage), C::kPanels);
     mbarrier_init(smem.barrier<C>(kValueFull, stage), 1);
-    for (const Ring ring : {kQueryEmpty, kKeyEmpty, kValueEmpty}) {  // each computing warp
+    // One arrival per computing warp.
+    for (const Ring ring : {kQueryEmpty, kKeyEmpty, kValueEmpty}) {
       mbarrier_init(smem.barrier<C>(ring, stage), kConsumers * kGroupThreads / kWarpSize);
     }
   }
@@ -101,15 +103,15 @@ __device__ __forceinline__ int num_tiles(const AttentionItem& item) {
   return (item.kv_end - item.kv_begin + C::kKeys - 1) / C::kKeys;
 }
 
-// A thread's rows, lane / 4 and lane / 4 + 8 of its warp's 16.
+// The state of a thread's rows, which are rows lane / 4 and lane / 4 + 8 of its warp's 16.
 template <class C>
 struct Accumulator {
   float out[C::kHeadDim / 2];
-  float max[2];  // log2 of the weights' common factor
-  float sum[2];  // of this thread's columns
+  float max[2];  // log2 of a factor that all of the row's weights have
+  float sum[2];  // over this thread's columns
 };
 
-// Which keys a thread's two rows see, and what its warp's rows all see.
+// Which keys a thread's two rows see, and the range of positions of its warp's rows.
 struct Visible {
   int position[2];
   int warp_first, warp_last, window, kv_end;
@@ -121,7 +123,7 @@ struct Visible {
 
 __device__ __forceinline__ Visible make_visible(const AttentionParams& p, const AttentionItem& item,
                                                 const Geometry& g, int warp_row) {
-  const auto position = [&](int row) {  // rows beyond the last take its position
+  const auto position = [&](int row) {  // rows behind the last take its position
     return g.context + (g.first_packed + min(row, g.num_packed - 1)) / g.group;
   };
   const int row = warp_row + threadIdx.x % kWarpSize / 4;
@@ -137,7 +139,8 @@ __device__ __forceinline__ void mask_scores(float (&s)[kCount], const Visible& v
     const int position = visible.position[half];
     const int first = visible.window > 0 ? position - visible.window + 1 : 0;
     const int num_visible = max(min(position + 1, visible.kv_end) - first, 0);
-    // A key before the first visible one has a negative offset, which is huge as unsigned.
+    // A key in front of the first visible one has a negative offset, which is huge as an unsigned
+    // number.
     const uint32_t from_first = static_cast<uint32_t>(begin + column) - first;
 #pragma unroll
     for (int j = 0; j < kCount / 4; ++j) {
@@ -151,8 +154,8 @@ __device__ __forceinline__ void mask_scores(float (&s)[kCount], const Visible& v
   }
 }
 
-// Raises the maxima of the warp's rows if a score exceeds its row's by more than kMaxLag. True if
-// so: the output is to be multiplied by `factor`, as the sums have been.
+// Raises the running maxima of the warp's rows if any score exceeds its row's maximum by more than
+// kMaxLag. If it returns true, the output must be multiplied by `factor`, as the sums have been.
 template <class C, int kCount>
 __device__ __forceinline__ bool update_max(Accumulator<C>& acc, const float (&s)[kCount],
                                            float scale_log2, float (&factor)[2]) {
@@ -197,8 +200,9 @@ __device__ __forceinline__ void make_weights(Accumulator<C>& acc, float (&s)[kCo
   }
 }
 
-// Writes a warp's rows of a tile, divided by their sums, through `queries`, which are shared memory
-// that nobody reads any more, so that whole lines go out. `warp_row` is the first of its 16 rows.
+// Divides a warp's rows by their sums and writes them to out. They pass through `queries`, shared
+// memory that is no longer read, so that whole lines are written. warp_row is the first of the
+// warp's 16 rows.
 template <class C>
 __device__ __forceinline__ void write_rows(const AttentionParams& p, const Geometry& g,
                                            const Accumulator<C>& acc, int warp_row,
@@ -231,7 +235,7 @@ __device__ __forceinline__ void write_rows(const AttentionParams& p, const Geome
   }
 }
 
-// Writes a warp's rows as partial results, the first at row `first_row` of all partial buffers.
+// Writes a warp's rows as partial results, from row first_row of all partial buffers on.
 template <class C>
 __device__ __forceinline__ void write_partial(const AttentionPartials& partials,
                                               const Accumulator<C>& acc, int64_t first_row) {

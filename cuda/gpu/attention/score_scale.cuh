@@ -1,4 +1,4 @@
-// How scores become the exponents of their weights, capped or not.
+// How scores become the exponents of their weights, with or without a cap.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,8 +8,8 @@
 
 namespace pyserve::gpu {
 
-// The weight of a score s, as the product of q and k has it, is exp2(log2 * s - largest). With a
-// softcap, s is replaced by cap_score(s, cap_rate) before.
+// A score s, as the product of q and k gives it, has the weight exp2(log2 * s - largest). With a
+// softcap, s is first replaced by cap_score(s, cap_rate).
 struct ScoreScale {
   float log2;
   float cap_rate;  // 0: no cap
@@ -22,8 +22,8 @@ __host__ __device__ __forceinline__ ScoreScale score_scale(const AttentionParams
   return {p.softcap * kLog2E, 2.0f * kLog2E * p.softmax_scale / p.softcap};
 }
 
-// tanh(score * softmax_scale / softcap): 1 - 2 / (e^2x + 1), off by 3e-7 at most. tanh.approx is
-// off by 5e-4 of the score, which then stands in an exponent.
+// tanh(score * softmax_scale / softcap) as 1 - 2 / (e^2x + 1), with an error of at most 3e-7.
+// tanh.approx would be off by 5e-4 of the score, and the score goes into an exponent.
 __device__ __forceinline__ float cap_score(float score, float cap_rate) {
   return 1.0f - __fdividef(2.0f, exp2_approx(score * cap_rate) + 1.0f);
 }
