@@ -1,4 +1,4 @@
-// The activation of gated MLPs over rows: one pass over memory, rows are split over threads.
+// The activation of gated MLPs over rows: one pass over memory, with the rows split over threads.
 #pragma once
 
 #include "../common/args/activation.h"
@@ -17,7 +17,7 @@ void activate_row(const T* gate, const T* up, T* out, int64_t n, const Fn& fn) {
   }
 }
 
-// fn(gate, up) of each element.
+// Writes fn(gate, up) for each element.
 template <class Fn>
 void activate(const ActivationArgs& args, const Fn& fn) {
   const View &gate_up = args.gate_up, &out = args.out;

@@ -1,6 +1,6 @@
-// silu_mul: out = gate / (1 + exp(-gate)) * up (Shazeer 2020), and gelu_tanh_mul, which has the tanh
-// approximation of gelu in its place; gate_up [num_tokens, 2 * n].
-// One pass over memory; rows are split over threads.
+// silu_mul: out = gate / (1 + exp(-gate)) * up (Shazeer 2020), and gelu_tanh_mul, which uses the
+// tanh approximation of gelu instead. gate_up is [num_tokens, 2 * n], out [num_tokens, n], float32
+// or bfloat16. One pass over memory; the rows are split over threads.
 #include <torch/csrc/stable/library.h>
 
 #include "activate.h"

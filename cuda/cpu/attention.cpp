@@ -1,17 +1,20 @@
-// paged_attention: causal softmax(q k^T * scale) v over a paged KV cache, any mix of query lengths;
-// with a softcap, softmax(softcap * tanh(q k^T * scale / softcap)).
+// paged_attention on a CPU: causal softmax(q k^T * scale) v over a paged KV cache, for any mix of
+// query lengths; with a softcap, softmax(softcap * tanh(q k^T * scale / softcap)) v.
 //   q, out [num_tokens, num_heads, head_dim]
-//   caches [num_blocks, block_size, num_kv_heads, head_dim]
+//   caches [num_blocks, block_size, num_kv_heads, head_dim]; all float32 or all bfloat16
 //
-// Work split: an item is up to kBlockRows rows, a row being a (query, head) pair; all heads of a KV
-// head's group are in one item, so that K and V are read once. A decode item has one query and as
-// many KV heads as leave every thread some items; they take turns tile by tile, as their keys lie
-// side by side. Threads take items from one counter, items of several queries first.
+// Work split: an item is up to kBlockRows rows, where a row is a (query, head) pair. All query
+// heads of a KV head's group are in one item, so that K and V are read once. A decode item has one
+// query and as many KV heads as leave several items for every thread; it goes through these KV
+// heads within each tile of keys, because their keys lie side by side. Threads take items from one
+// shared counter, items with several queries first.
 // Numerics: online softmax in base 2 over tiles of kTileKeys keys (Milakov and Gimelshein 2018, Dao
 // et al. 2022), float32 throughout, one rounding at the store. Keys that no query may see are never
-// touched: what lies behind the end of a sequence may be anything.
-// Two ways through a tile: few rows (decode) read the caches directly, dot product by dot product;
-// many rows (prefill) share a float32 copy of the tile with K transposed, and register blocks.
+// touched, so the memory behind the end of a sequence may hold anything.
+// There are two ways through a tile. The direct way is for few rows (decode): it reads the caches
+// directly and computes one dot product after another. The other way is for many rows (prefill):
+// all rows share a float32 copy of the tile, with K transposed, and are multiplied in register
+// blocks.
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
@@ -32,32 +35,34 @@ namespace {
 using namespace attention;
 
 constexpr const char* kOp = "paged_attention";
-constexpr int64_t kDirectRows = 8;    // up to here a copy of the tile costs more than it saves
-constexpr float kLowestMax = -1e30f;  // finite: -inf - -inf is NaN
+// With up to so many rows a copy of the tile costs more than it saves.
+constexpr int64_t kDirectRows = 8;
+constexpr float kLowestMax = -1e30f;  // finite, because -inf - -inf would be NaN
 static_assert(kBlockRows % kRowGroup == 0);
 
 struct Params : AttentionArgs {
   int64_t window;
   int64_t group = 0, padded_dim = 0;
-  float scale = 0;      // of the scores, log2(e) included; of the capped ones where they are
-  float cap_scale = 0;  // of the scores before tanh; 0: they are not capped
+  float scale = 0;      // factor of the scores, log2(e) included; with a cap, of the capped scores
+  float cap_scale = 0;  // factor of the scores before tanh; 0: scores are not capped
 };
 
 struct WorkItem {
-  int64_t slot, kv_head;  // the first of them
-  int64_t num_kv_heads;   // more than 1 only in the direct way, which has one query
-  int64_t token;          // first query's index in q
+  int64_t slot, kv_head;  // kv_head is the first KV head
+  int64_t num_kv_heads;   // more than 1 only for the direct way, with one query
+  int64_t token;          // index of the first query in q
   int64_t num_queries;
-  int64_t position;  // first query's
+  int64_t position;  // position of the first query
 };
 
-// Where the keys and values of a tile lie for the item's first KV head.
+// Where the keys and values of a tile lie, for the item's first KV head.
 struct Pointers {
   const void* keys[kTileKeys];
   const void* values[kTileKeys];
 };
 
-// Buffers of one thread. Rows of q, acc and v are padded_dim apart, so that they lie densely.
+// The buffers of one thread. Rows of q, acc and v are padded_dim apart, so that they lie close
+// together.
 struct Scratch {
   alignas(64) float q[kBlockRows * kMaxHeadDim];
   alignas(64) float acc[kBlockRows * kMaxHeadDim];
@@ -65,7 +70,7 @@ struct Scratch {
   alignas(64) float v[kTileKeys * kMaxHeadDim];
   alignas(64) float scores[kBlockRows * kTileKeys];
   float row_max[kBlockRows], row_sum[kBlockRows], rescale[kBlockRows];
-  Pointers pointers[2];  // of this tile and the next, by parity
+  Pointers pointers[2];  // of the current tile and of the next, by parity
 };
 
 Scratch& thread_scratch() {
@@ -73,7 +78,7 @@ Scratch& thread_scratch() {
   return *scratch;
 }
 
-// n keys from position `first`; their pointers are in the scratch.
+// n keys from position `first` on; their pointers are in the scratch.
 struct Tile {
   int64_t first, n;
   int parity;
@@ -135,7 +140,8 @@ void direct_rows(const Params& p, const HeadTile<T>& here, const HeadTile<T>& ne
   }
 }
 
-// Decode: one query, which sees the whole tile; what comes next is prefetched while it is used.
+// The direct way: one query, which sees all keys of the tile. The next KV head or tile is
+// prefetched meanwhile.
 template <class T, int kHeadDim>
 void direct_tile(const Params& p, const WorkItem& item, const Tile& tile, Scratch& s) {
   for (int64_t head = 0; head < item.num_kv_heads; ++head) {
@@ -164,7 +170,8 @@ void direct_tile(const Params& p, const WorkItem& item, const Tile& tile, Scratc
   }
 }
 
-// Any rows. Rows up to a multiple of kRowGroup are computed; those behind num_rows hold zeros.
+// The other way, for any rows. Rows up to a multiple of kRowGroup are computed; those behind
+// num_rows are zeros.
 template <class T>
 void block_tile(const Params& p, const WorkItem& item, const Tile& tile, int64_t num_rows,
                 Scratch& s) {
@@ -202,7 +209,8 @@ void block_tile(const Params& p, const WorkItem& item, const Tile& tile, int64_t
   }
 }
 
-// Rows of an item: all its heads of the first query, then those of the second.
+// The pointer to row r of an item in q or out: first all heads of the first query, then those of
+// the second.
 template <class T>
 T* row_pointer(const View& view, const WorkItem& item, int64_t group, int64_t r) {
   const int64_t num_heads = item.num_kv_heads * group;
@@ -240,7 +248,7 @@ auto direct_way(const Params& p) -> decltype(&direct_tile<T, 64>) {
   }
 }
 
-// Whether rows of one query go the direct way.
+// Whether rows with a single query take the direct way.
 bool is_direct(const Params& p) {
   return p.group <= kDirectRows && direct_way<float>(p) != nullptr;
 }
@@ -257,7 +265,7 @@ void attend(const Params& p, const WorkItem& item) {
   find_tile<T>(p, item, tile, s);
   while (tile.n > 0) {
     Tile next{tile.first + tile.n, std::min(kTileKeys, end - tile.first - tile.n), 1 - tile.parity};
-    // After the last tile its own keys are prefetched again, which are in the cache already.
+    // Behind the last tile its own keys are prefetched again, which are in the cache already.
     if (next.n < tile.n) s.pointers[next.parity] = s.pointers[tile.parity];
     find_tile<T>(p, item, next, s);
     if (direct != nullptr) {
@@ -275,7 +283,7 @@ void attend(const Params& p, const WorkItem& item) {
 
 // ---- the op -------------------------------------------------------------------------------------
 
-// KV heads of one decode item: all that fit, but few enough to leave every thread four items.
+// KV heads per decode item: as many as fit, but few enough to leave four items for every thread.
 int64_t kv_heads_per_item(const Params& p, int64_t num_rows) {
   if (!is_direct(p)) return 1;
   const int64_t num_kv_heads = p.key_cache.size(2), threads = num_threads();
@@ -284,7 +292,7 @@ int64_t kv_heads_per_item(const Params& p, int64_t num_rows) {
   return std::min(kBlockRows / p.group, (num_kv_heads + parts - 1) / parts);
 }
 
-// Fills `items` and returns the estimated cost of all in nanoseconds.
+// Fills `items` and returns the estimated cost of all of them in nanoseconds.
 double make_items(const Params& p, std::vector<WorkItem>& items) {
   const int64_t num_rows = p.row_slots.size(0), num_kv_heads = p.key_cache.size(2);
   double work = 0;

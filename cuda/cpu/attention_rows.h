@@ -1,5 +1,5 @@
-// Rows of a step as the attention ops are given them, checked: what leads out of bounds is an
-// error.
+// The rows of a step as the attention ops are given them. Anything that would lead out of bounds is
+// an error.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,8 @@
 
 namespace pyserve {
 
-// Checks row r and gives its query length; 0 for a padded row. `args` has the views of a step's
-// rows; `cache` [num_blocks, block_size, ...] is what its block table leads to.
+// Checks row r and returns its query length; 0 for a padded row. `args` has the views of a step's
+// rows, and `cache` [num_blocks, block_size, ...] is what the block table refers to.
 template <class Args>
 int64_t checked_query_len(const Args& args, const View& cache, int64_t window, int64_t r) {
   const char* op = args.q.op;
@@ -28,7 +28,7 @@ int64_t checked_query_len(const Args& args, const View& cache, int64_t window, i
   const int64_t first = window > 0 ? std::max<int64_t>(0, seq_len - (end - begin) + 1 - window) : 0;
   const int32_t* blocks =
       args.block_table.template ptr<int32_t>() + slot * args.block_table.stride(0);
-  uint32_t largest = 0;  // a negative id is the largest
+  uint32_t largest = 0;  // as unsigned, a negative id is the largest
   for (int64_t i = first / block_size; i * block_size < seq_len; ++i) {
     largest = std::max(largest, static_cast<uint32_t>(blocks[i]));
   }

@@ -1,5 +1,5 @@
-// What paged_attention does with one tile of keys: scores, softmax, sums of values. The numerics
-// and the two ways through a tile are told in attention.cpp.
+// What paged_attention does with one tile of keys: scores, softmax and sums of values.
+// attention.cpp explains the numerics and the two ways through a tile.
 #pragma once
 
 #include <algorithm>
@@ -12,12 +12,13 @@
 namespace pyserve::attention {
 
 constexpr int64_t kTileKeys = 64;
-constexpr int64_t kBlockRows = 64;              // rows of one work item at most
-constexpr int kRowGroup = 4;                    // that share a load of K or V: what registers hold
-constexpr int kColumns = kLanes == 16 ? 4 : 2;  // vectors of V per register block, likewise
+constexpr int64_t kBlockRows = 64;              // the most rows of a work item
+// Rows that share each load of K or V, limited by the registers.
+constexpr int kRowGroup = 4;
+constexpr int kColumns = kLanes == 16 ? 4 : 2;  // vectors of V in a register block, likewise
 static_assert(kTileKeys % (2 * kLanes) == 0);
 
-// Row k of K or V of one KV head; `offset` is that head's, in elements.
+// Row k of K or V for one KV head. `offset` is that head's offset in elements.
 template <class T>
 struct HeadRows {
   const void* const* rows;
@@ -26,7 +27,8 @@ struct HeadRows {
   const T* operator[](int64_t k) const { return static_cast<const T*>(rows[k]) + offset; }
 };
 
-// Asks for a row that is read next: blocks lie anywhere, so that the hardware cannot foresee them.
+// Prefetches a row that is read soon. The blocks of a cache lie anywhere, so the hardware cannot
+// predict the address.
 template <class T, int kHeadDim>
 void prefetch(const T* row) {
   for (size_t line = 0; line < kHeadDim * sizeof(T); line += 64) {
@@ -35,8 +37,9 @@ void prefetch(const T* row) {
 }
 
 // ---- rows in float32 ----------------------------------------------------------------------------
-// Elements of a row lie in the order of load_pair; those behind the last whole pair of vectors keep
-// their order, and zeros follow. q, K, V and out have one dtype, so that all have the same order.
+// The elements of such a row lie in the order of load_pair. Those behind the last whole pair of
+// vectors keep their order, and zeros follow them. q, K, V and out have the same dtype, so all have
+// the same order.
 
 template <class T>
 void load_row(const T* in, int64_t n, float* out) {
@@ -63,7 +66,7 @@ void store_row(const float* in, float factor, int64_t n, T* out) {
 
 // ---- scores of a tile ---------------------------------------------------------------------------
 
-// scores[r][k] = q[r] . keys[k] for kRows rows, straight from the cache.
+// scores[r][k] = q[r] . keys[k] for kRows rows, read directly from the cache.
 template <class T, int kHeadDim, int kRows>
 void direct_scores(const float* q, HeadRows<T> keys, HeadRows<T> next_keys, int64_t n,
                    float* scores) {
@@ -94,11 +97,13 @@ void direct_scores(const float* q, HeadRows<T> keys, HeadRows<T> next_keys, int6
   }
 }
 
-// out [padded_dim][kTileKeys] = the tile's keys, transposed; zeros behind the last key.
+// out [padded_dim][kTileKeys] = the tile's keys, transposed, with zeros behind the last key up to a
+// whole vector.
 template <class T>
 void transpose_keys(const void* const* keys, int64_t n, int64_t head_dim, int64_t padded_dim,
                     float* out) {
-  alignas(64) float rows[kLanes][kMaxHeadDim];  // of a slice: whole pairs of vectors, or the last
+  // Of a slice of head_dim: whole pairs of vectors, except for the last slice.
+  alignas(64) float rows[kLanes][kMaxHeadDim];
   static_assert(kMaxHeadDim % (2 * kLanes) == 0);
   for (int64_t d0 = 0; d0 < head_dim; d0 += kMaxHeadDim) {
     const int64_t size = std::min(head_dim - d0, kMaxHeadDim);
@@ -142,14 +147,16 @@ inline void block_scores(const float* q, int64_t q_stride, const float* k_transp
 
 // ---- softmax and values -------------------------------------------------------------------------
 
-// scores[k] = tanh(scores[k] * scale), in whole vectors: what lies behind the n keys is masked later.
+// scores[k] = tanh(scores[k] * scale). It works on whole vectors; scores behind the n keys are
+// masked later.
 inline void cap_scores(float* scores, float scale, int64_t n) {
   for (int64_t k = 0; k < n; k += kLanes) store(scores + k, tanh(load(scores + k) * scale));
 }
 
-// Turns dot products into weights 2^(score * scale - row_max) under the row's new maximum; returns
+// Turns dot products into weights 2^(score * scale - row_max) with the row's new maximum. Returns
 // the factor by which the row's earlier sums shrink. Keys outside [from, to) of the tile get weight
-// 0. The scale is applied here, in one fused operation: applied to q it would round each element.
+// 0. The scale is applied here in a fused operation, because applying it to q would round each
+// element.
 inline float softmax_row(float* scores, float scale, int64_t from, int64_t to, int64_t n,
                          float& row_max, float& row_sum) {
   const int64_t end = (n + kLanes - 1) / kLanes * kLanes;
@@ -171,7 +178,7 @@ inline float softmax_row(float* scores, float scale, int64_t from, int64_t to, i
 }
 
 // acc[r][:] = acc[r][:] * rescale[r] + sum over k of weights[r][k] * values[k][:], for kRows rows
-// and kCols vectors of columns.
+// and kCols vectors of columns from `column` on.
 template <class T, int kRows, int kCols>
 void add_values(const float* weights, const float* rescale, HeadRows<T> values, int64_t n,
                 int64_t column, float* acc, int64_t acc_stride) {

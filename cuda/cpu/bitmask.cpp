@@ -1,8 +1,9 @@
-// apply_bitmask: -inf where a row's mask has no bit, in place. What stays is not touched, not even
-// read where 32 tokens in a row agree, as they mostly do: a grammar allows a handful of tokens or
-// nearly all.
+// apply_bitmask on a CPU: logits [num_rows, vocab_size], float32 or bfloat16, become -inf, in
+// place, where the mask of their row has no bit. Allowed logits are not changed. Where 32 tokens
+// are all allowed or all forbidden, they are not even read; that is the usual case, since a grammar
+// allows a handful of tokens or nearly all.
 //
-// Floor: bytes, those of the mask and of the logits that become -inf. Rows go to threads.
+// Bound by the bytes of the mask and of the logits that become -inf. Rows are split over threads.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -19,7 +20,7 @@ namespace {
 constexpr const char* kOp = "apply_bitmask";
 constexpr int kWordBits = 32;
 
-// Logits as their bits, of float32 and of bfloat16.
+// The bits of logits, for float32 and bfloat16.
 template <class T>
 struct BitsOf;
 template <>
@@ -35,7 +36,7 @@ struct BitsOf<Bf16> {
   static constexpr Element kMinusInf = 0xff80u;
 };
 
-// 32 tokens at x, of which those without a bit in `word` become -inf.
+// Sets those of the 32 logits at x to -inf that have no bit in `word`.
 template <class Bits>
 void mask_word(typename Bits::Element* x, uint32_t word) {
   using Vector = typename Bits::Vector;

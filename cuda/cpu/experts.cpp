@@ -1,11 +1,12 @@
-// grouped_linear and grouped_linear_silu_mul: rows of x, each by the matrix of its expert; and
-// combine_experts: what a token's experts made of it, weighted and added up.
-//   weight [num_experts, n, k]; rows stand in the order of their experts, those of expert e from
-//   offsets[e] to offsets[e + 1]
+// grouped_linear and grouped_linear_silu_mul on a CPU: each row of x times the matrix of its
+// expert; and combine_experts: the weighted sum of what a token's experts computed. float32 or
+// bfloat16.
+//   weight [num_experts, n, k]; rows are sorted by expert, those of expert e are
+//   offsets[e] .. offsets[e + 1] - 1
 //
-// The work of few tokens is to stream the matrices of the experts that have any, once, as
-// linear_groups.h does.
-// combine_experts adds in the order of a token's experts, in float32, and rounds once.
+// With few tokens the work is to stream the matrices of the experts that have rows, once;
+// linear_groups.h does this. combine_experts adds in the order of a token's experts, in float32,
+// and rounds once.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -21,7 +22,7 @@
 namespace pyserve {
 namespace {
 
-// Rows of x in the order of the experts.
+// The rows of x in the order of the experts; copies them where there is an order.
 template <class T>
 const View& gather(const GroupedArgs& args, int64_t count) {
   if (args.order == nullptr) return args.x;
@@ -33,7 +34,7 @@ const View& gather(const GroupedArgs& args, int64_t count) {
   return args.sorted_x;
 }
 
-// Of the experts that have rows.
+// The groups of all experts that have rows.
 template <class T>
 std::vector<Group<T>> groups_of(const GroupedArgs& args) {
   check_groups(args);
@@ -82,7 +83,8 @@ void grouped_linear_silu_mul(const Tensor& x, const Tensor& weight, const Tensor
 
 // ---- combine_experts ----------------------------------------------------------------------------
 
-// `get(from)` and `put(to, sums)` are of a whole vector, or of its first elements.
+// Combines one vector of columns. `get(from)` and `put(to, sums)` read and write a whole vector, or
+// only its first elements.
 template <class T, class Get, class Put>
 void combine_columns(const CombineArgs& args, int64_t token, int64_t column, bool is_adding,
                      const Get& get, const Put& put) {

@@ -1,11 +1,13 @@
-// What stands around latent_attention: rope_write_latent, which norms and rotates what is kept of a
-// token, and batched_linear, whose matrices lead into the latent and out of it.
-//   rope_write_latent: q, rotated [num_tokens, num_heads, rope_dim], compressed
-//     [num_tokens, latent_size + rope_dim] = latent | the keys' rotated part, cos_sin float32
+// The ops around latent_attention: rope_write_latent, which norms and rotates what the cache keeps
+// of a token, and batched_linear, whose matrices lead into the latent and out of it. float32 or
+// bfloat16.
+//   rope_write_latent: q, rotated [num_tokens, num_heads, rope_dim]; compressed
+//     [num_tokens, latent_size + rope_dim] = latent | rotated part of the key; cos_sin float32
 //     [max_position, rope_dim] = cosines | sines
 //   batched_linear: x [m, batch, k], weight [batch, n, k], out [m, batch, n]
-// Rows are normed and rotated in a float32 buffer on the stack and rounded once. Where neighbours
-// are rotated together, a row is put in the order of the halves first, and stays so: q and k alike.
+// Rows are normed and rotated in a float32 buffer on the stack and rounded once. Where neighbouring
+// elements are rotated together (has_pairs), a row is first reordered into two halves, and stays
+// so. q and k are reordered alike, so their products agree.
 #include "../common/args/latent.h"
 
 #include <torch/csrc/stable/library.h>

@@ -1,14 +1,15 @@
-// latent_attention: causal attention of all heads over one paged cache of latents (DeepSeek-V2):
-//   scores = q c^T * scale over all of a kept row c, out = softmax(scores) c[:, :latent_size]
+// latent_attention on a CPU: causal attention of all heads over one paged cache of latents
+// (DeepSeek-V2):
+//   scores = q c^T * scale over a whole cached row c, out = softmax(scores) c[:, :latent_size]
 //   q [num_tokens, num_heads, width], out [num_tokens, num_heads, latent_size]
-//   latent_cache [num_blocks, block_size, width]
+//   latent_cache [num_blocks, block_size, width]; all float32 or all bfloat16
 //
-// Work split: an item is up to kBlockRows rows, a row being a (query, head) pair, of neighbouring
-// queries or, where there are many heads, of neighbouring heads; a single query's heads are shared
-// out so that every thread has work. Threads take items from one counter, those of several queries
-// first.
-// Numerics and the way through a tile are those of attention.cpp's many rows: a tile of kTileKeys
-// rows is widened to float32 once for all rows of an item, as keys, transposed, and as values.
+// Work split: an item is up to kBlockRows rows, where a row is a (query, head) pair, of
+// neighbouring queries or, where there are many heads, of neighbouring heads. The heads of a single
+// query are divided so that every thread has work. Threads take items from one shared counter,
+// those with several queries first. Numerics and the way through a tile are those of attention.cpp
+// for many rows: the kTileKeys cached rows of a tile are widened to float32 once for all rows of an
+// item, both as keys, transposed, and as values.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -28,23 +29,23 @@ namespace {
 
 using namespace attention;
 
-constexpr float kLowestMax = -1e30f;  // finite: -inf - -inf is NaN
+constexpr float kLowestMax = -1e30f;  // finite, because -inf - -inf would be NaN
 constexpr int64_t kMaxWidth = kMaxLatentSize + kMaxLatentRopeDim;
 
 struct Params : LatentAttentionArgs {
   int64_t padded_width, padded_size;
-  float scale;  // of the scores, log2(e) included
+  float scale;  // factor of the scores, log2(e) included
 };
 
 struct WorkItem {
   int64_t slot;
   int64_t head, num_heads;
-  int64_t token;  // first query's index in q
+  int64_t token;  // index of the first query in q
   int64_t num_queries;
-  int64_t position;  // first query's
+  int64_t position;  // position of the first query
 };
 
-// Buffers of one thread. Rows of q and acc are padded_width and padded_size apart.
+// The buffers of one thread. Rows of q are padded_width apart, rows of acc padded_size.
 struct Scratch {
   alignas(64) float q[kBlockRows * kMaxWidth];
   alignas(64) float acc[kBlockRows * kMaxLatentSize];
@@ -52,7 +53,7 @@ struct Scratch {
   alignas(64) float v[kTileKeys * kMaxLatentSize];
   alignas(64) float scores[kBlockRows * kTileKeys];
   float row_max[kBlockRows], row_sum[kBlockRows], rescale[kBlockRows];
-  const void* rows[kTileKeys];  // of the tile, in the cache
+  const void* rows[kTileKeys];  // the tile's rows in the cache
   const void* values[kTileKeys];
 };
 
@@ -80,7 +81,7 @@ void load_queries(const Params& p, const WorkItem& item, int64_t num_rows, Scrat
   }
 }
 
-// Widens the n rows from position `first` on.
+// Widens the n cached rows from position `first` on.
 template <class T>
 void load_tile(const Params& p, const WorkItem& item, int64_t first, int64_t n, Scratch& s) {
   const View& cache = p.latent_cache;
@@ -97,7 +98,7 @@ void load_tile(const Params& p, const WorkItem& item, int64_t first, int64_t n, 
   transpose_keys<T>(s.rows, n, p.width(), p.padded_width, s.k_transposed);
 }
 
-// Rows up to a multiple of kRowGroup are computed; those behind num_rows hold zeros.
+// Rows up to a multiple of kRowGroup are computed; those behind num_rows are zeros.
 void attend_tile(const Params& p, const WorkItem& item, int64_t first, int64_t n, int64_t num_rows,
                  Scratch& s) {
   const HeadRows<float> values{s.values, 0};
@@ -141,8 +142,8 @@ void attend(const Params& p, const WorkItem& item) {
   }
 }
 
-// Heads of one item: as many as it can hold, of a single query few enough to leave every thread
-// some items, but no fewer than share a load of a key.
+// Heads per item: as many as it can hold. For a single query, few enough to leave two items for
+// every thread, but no fewer than share each load of a key.
 int64_t heads_per_item(const Params& p, bool is_decode) {
   const int64_t most = std::min(p.num_heads(), kBlockRows), threads = num_threads();
   if (!is_decode || threads == 1) return most;
@@ -151,7 +152,7 @@ int64_t heads_per_item(const Params& p, bool is_decode) {
   return std::min(most, (share + kRowGroup - 1) / kRowGroup * kRowGroup);
 }
 
-// Fills `items` and returns the estimated cost of all in nanoseconds.
+// Fills `items` and returns the estimated cost of all of them in nanoseconds.
 double make_items(const Params& p, std::vector<WorkItem>& items) {
   double work = 0;
   items.clear();

@@ -1,14 +1,14 @@
-// linear for few rows of x: out[t, j] = sum over i of x[t, i] * weight[j, i], plus bias[j]; and what
-// the epilogues of linear_add and linear_silu_mul make of these sums (common/epilogue.h).
-//   x [m, k], weight [n, k], bias [n], out [m, n]; weight lies as in the checkpoint
+// linear on a CPU for few rows of x: out[t, j] = sum over i of x[t, i] * weight[j, i], plus
+// bias[j]; and the epilogues of linear_add and linear_silu_mul (common/epilogue.h).
+//   x [m, k], weight [n, k] as in the checkpoint, bias [n], out [m, n]; float32 or bfloat16
 //
-// With few rows the work is to stream the weight once, as fast as memory gives it. Threads split n;
-// linear_rows.h multiplies. A CPU without bfloat16 products of its own, for which torch has nothing
-// fast, takes more rows than these few here, too: linear_many.h.
+// With few rows the work is to stream the weight once, as fast as memory delivers it. Threads split
+// n, and linear_rows.h multiplies. On a CPU without instructions for bfloat16 products torch has
+// nothing fast for bfloat16, so more rows are served here too, by linear_many.h.
 // Numerics: float32 sums, then the bias, then the epilogue, then one rounding. The order of a sum
-// does not depend on block or thread, nor on m while it is small: what else is in such a batch
-// never changes a row's result. bfloat16 denormals count as 0 where the CPU's own bfloat16 products
-// are used.
+// depends neither on the block or thread, nor on m while m is small. So a row's result never
+// depends on what else is in such a batch. Where the CPU's bfloat16 products are used, bfloat16
+// denormals count as 0.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -28,7 +28,7 @@ namespace {
 #ifdef __AMX_BF16__
 template <Epilogue kEpilogue>
 void linear_tiles(const Shape& shape, const Bf16* x, const Matrix<Bf16>& matrix, Bf16* out) {
-  constexpr int64_t kColumns = kTileColumns<kEpilogue>;  // what a thread takes at once
+  constexpr int64_t kColumns = kTileColumns<kEpilogue>;  // columns that a thread takes at once
   thread_local std::vector<float> packed_x;
   packed_x.resize(packed_floats(shape));
   float* packed = packed_x.data();
@@ -105,11 +105,12 @@ void linear_silu_mul(const Tensor& x, const Tensor& weight, const std::optional<
   run<Epilogue::kSiluMul>(args, eps);
 }
 
-// Whether torch is not faster where m rows are multiplied by `weight`.
-// One pass over the demo model's 33 matrices in bfloat16, one thread with AMX, us, own / torch:
-// 610 / 1400 at 1 row, 660 / 1490 at 16, 1240 / 1940 at 64; equal at 128. In float32 equal up to 16
-// rows; at 32 torch takes 3/4 of the time. With AVX2 alone 1024 rows by [1152, 256] in bfloat16
-// take 5.2 / 34 ms, and 5.6 widened by torch; with AVX-512 but no products of bfloat16 3.1 / 7.2.
+// Whether this linear is at least as fast as torch for m rows and `weight`. Measured over the 33
+// matrices of the demo model in bfloat16, one thread with AMX, in us, own / torch: 610 / 1400 at 1
+// row, 660 / 1490 at 16, 1240 / 1940 at 64; equal at 128. In float32 they are equal up to 16 rows;
+// at 32 torch takes 3/4 of the time. With only AVX2, 1024 rows by [1152, 256] in bfloat16 take 5.2
+// / 34 ms, and 5.6 if torch first widens them to float32; with AVX-512 but without bfloat16
+// products 3.1 / 7.2.
 bool serves_linear(const Tensor& weight, int64_t m, int64_t /*epilogue*/) {
   const bool is_float = weight.scalar_type() == ScalarType::Float;
   return m <= (is_float ? kFewFloatRows : kFewBf16Rows) || !(is_float || kHasProducts);

@@ -1,16 +1,18 @@
-// linear of a matrix of 8-bit floats, for few rows of x, that of experts, and the matrix as plain
-// numbers.
+// linear_fp8, grouped_linear_fp8 and dequantise_fp8 on a CPU: a linear with e4m3 weights for few
+// rows of x, the same for experts, and the dequantised matrix.
 //   out[t, j] = sum over i of x[t, i] * W[j, i], plus bias[j];  W = e4m3 * s
 //   x [m, k], weight [n, k] as in the checkpoint, scales (pyserve/ops/fp8.py), bias [n], out [m, n]
-// or what an epilogue makes of these sums (common/epilogue.h).
+// or an epilogue of these sums (common/epilogue.h). x and out are float32 or bfloat16.
 //
-// Rows of the matrix are taken 4 at a time, 64 columns of each, by 4 (then 2, then 1) rows of x. Where
-// the CPU multiplies bfloat16 and looks up bytes, the 64 become bfloat16, which holds every e4m3, by
-// two tables: of the upper and of the lower byte. Else they become float32 by way of float16, whose
-// exponent has one bit more, with the bias 15 for 7: what comes out is 2^-8 of it, exactly. x lies in
-// the order in which a block's columns come.
-// Numerics: float32 sums over a group of columns, times the scale, summed over the groups; then
-// strips.h. bfloat16 denormals of x count as 0 where the CPU's own bfloat16 products are used.
+// Work: 4 rows of the matrix are taken at a time, 64 columns (a block) of each, for 4 (then 2, then
+// 1) rows of x. Where the CPU has bfloat16 products and byte lookups (AVX512-BF16 and VBMI), the 64
+// weights become bfloat16, which holds every e4m3 exactly, by two lookup tables, one for the upper
+// and one for the lower byte. Otherwise they become float32 by way of float16. Its exponent has one
+// more bit and the bias 15 instead of 7, so the moved bits stand for exactly 2^-8 of the number.
+// Rows of x are copied into the order in which the columns of a block are decoded.
+// Numerics: float32 sums over a group of columns, times the scale, summed over the groups; the rest
+// is as in strips.h. Where the CPU's bfloat16 products are used, bfloat16 denormals of x count as
+// 0.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -26,29 +28,31 @@
 namespace pyserve {
 namespace {
 
-constexpr int64_t kBlock = 64;  // columns
-constexpr int kRows = 4;        // of the matrix at once
-// Columns that are asked for ahead of their use: a CPU follows a stream to the end of a page only.
+constexpr int64_t kBlock = 64;  // columns of a block
+constexpr int kRows = 4;        // rows of the matrix taken at once
+// How many columns ahead are prefetched, because the CPU's own prefetcher stops at the end of a
+// page.
 constexpr int64_t kAhead = 1024;
 
 // ---- decoding -----------------------------------------------------------------------------------
 
-// What a number is multiplied by to be what it stands for: 2^8 where it comes by way of float16.
+// The factor from a decoded number to the e4m3 that it stands for: 2^8 where it came by way of
+// float16.
 #if defined(__AVX512BW__)
 constexpr float kUnit = 256.0f;
 
-// Two vectors' worth of neighbouring columns.
+// Decodes two vectors of neighbouring columns.
 inline void decode_pair(const uint8_t* p, Vec& first, Vec& second) {
   __m256i bytes;
   std::memcpy(&bytes, p, sizeof bytes);
   const __m512i shifted = _mm512_slli_epi16(_mm512_maskz_cvtepu8_epi16(~__mmask32{0}, bytes), 8);
-  // The sign stays, the exponent's new bit is 0.
+  // The sign stays in place; the shift gives the exponent a new bit, which is set to 0.
   const __m512i half =
       _mm512_and_si512(_mm512_srai_epi16(shifted, 1), _mm512_set1_epi16(int16_t(0xbfff)));
   const __m512i nan = _mm512_set1_epi16(0x3f80);
   const __mmask32 is_nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(half, nan), nan);
   const __m512i whole = _mm512_mask_blend_epi16(is_nan, half, _mm512_set1_epi16(0x7e00));
-  // The masked forms: the plain ones have a warning of their own in gcc 12.
+  // The masked forms are used because gcc 12 gives a warning inside the plain ones.
   const __m256i lower = _mm512_maskz_extracti64x4_epi64(0xf, whole, 0);
   const __m256i upper = _mm512_maskz_extracti64x4_epi64(0xf, whole, 1);
   first = std::bit_cast<Vec>(_mm512_maskz_cvtph_ps(0xffff, lower));
@@ -110,7 +114,7 @@ struct Product {
 };
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
-// The bytes of the bfloat16 of each e4m3 that is not negative.
+// The two bytes of the bfloat16 for each non-negative e4m3.
 struct BytesOfBf16 {
   alignas(64) uint8_t upper[128];
   alignas(64) uint8_t lower[128];
@@ -128,7 +132,8 @@ struct BytesOfBf16 {
 };
 constexpr BytesOfBf16 kBytesOfBf16;
 
-// Products of bfloat16. Of each 16 columns the first 8 are in one part, the others in the other.
+// Products of bfloat16. Of each 16 columns, the first 8 are in one part and the others in the
+// second.
 template <>
 struct Product<Bf16> {
   static constexpr int kParts = 2;
@@ -183,7 +188,7 @@ struct Fp8Strips {
     }
   }
 
-  double cost(int64_t m) const {  // measured: a byte of the matrix, and a byte and row of x
+  double cost(int64_t m) const {  // measured: ns per byte of the matrix, and per byte and row of x
     const auto bytes = static_cast<double>(kStripRows * matrix.k);
     return bytes * (0.05 + 0.015 * static_cast<double>(m));
   }
@@ -197,7 +202,7 @@ struct Fp8Strips {
   }
 
  private:
-  // totals[t][r + i] of kRows rows from `row` on; those behind the last one are computed from it.
+  // totals[t][r + i] for the kRows rows from `row` on. Rows behind the last one repeat it.
   template <int kTokens>
   void rows(int64_t index, int64_t row, const X* x, int64_t x_stride,
             Vec (&totals)[kTokens][kStripRows], int r) const {
@@ -215,14 +220,14 @@ struct Fp8Strips {
       const int64_t end = std::min(first + matrix.scale_columns, matrix.k);
       Vec sums[kTokens][kRows] = {};
       for (; first < std::min(end, num_whole); first += kBlock) {
-        // Behind a row's end it is the row kRows further that comes next.
+        // Behind the end of a row, the next data to be read is that of the row kRows further.
         const int64_t ahead = first + kAhead + (first + kAhead < matrix.k ? 0 : 3 * matrix.k);
         for (int i = 0; i < kRows; ++i) __builtin_prefetch(bytes[i] + ahead);
         const uint8_t* const here[kRows] = {bytes[0] + first, bytes[1] + first, bytes[2] + first,
                                             bytes[3] + first};
         add_block<kTokens>(here, x + first, x_stride, sums);
       }
-      if (first < end) {  // less than a block
+      if (first < end) {  // less than a block is left
         uint8_t last[kRows][kBlock] = {};
         for (int i = 0; i < kRows; ++i) std::memcpy(last[i], bytes[i] + first, end - first);
         add_block<kTokens>({last[0], last[1], last[2], last[3]}, x + first, x_stride, sums);
@@ -324,10 +329,11 @@ void dequantise_fp8(const Tensor& weight, const Tensor& scales, int64_t scale_ro
   });
 }
 
-// Whether linear_fp8 is faster for the rows of x than a product with the matrix as plain numbers. One
-// thread with AVX-512, [14336, 4096] in bfloat16, ms of CPU time, 8-bit floats / plain numbers of
-// bfloat16: 2.3 / 3.9 at 1 row, 4.4 / 6.9 at 8, 14 / 15 at 32, 33 / 26 at 64, where to make them plain
-// takes 7; in float32 3.0 / 7.2, 8.9 / 15, 34 / 38, 68 / 71. With AMX plain numbers do not grow dearer.
+// Whether linear_fp8 is faster for the rows of x than dequantising the matrix and multiplying.
+// Measured with one thread and AVX-512 for [14336, 4096] in bfloat16, in ms of CPU time, linear_fp8
+// / a product with a bfloat16 matrix: 2.3 / 3.9 at 1 row, 4.4 / 6.9 at 8, 14 / 15 at 32, 33 / 26 at
+// 64, where dequantising takes 7 more. In float32: 3.0 / 7.2, 8.9 / 15, 34 / 38, 68 / 71. With AMX,
+// products with a bfloat16 matrix take no longer for more rows.
 bool serves_linear_fp8(const Tensor& x, const Tensor& /*weight*/) {
   const View rows = ViewReader{"serves_linear_fp8", Place::kCpu}("x", x, 2);
 #ifdef __AMX_BF16__

@@ -1,6 +1,6 @@
-// Several linears at once: groups of rows, each by a matrix of its own, all of the same n and k.
-// Threads share the columns of all matrices, as one may be too small to share. The products are
-// those of linear_rows.h, for as many rows as a group has.
+// Several linears at once: groups of rows, each group with a matrix of its own, all with the same n
+// and k. Threads share the columns of all matrices, because a single one may be too small to share.
+// The products are those of linear_rows.h, for as many rows as a group has.
 #pragma once
 
 #include <type_traits>
@@ -13,17 +13,17 @@
 namespace pyserve {
 namespace {
 
-// Rows, at least one, and their matrix.
+// At least one row, and the rows' matrix.
 template <class T>
 struct Group {
   Shape shape;
   Matrix<T> matrix;
   const T* x;
   T* out;
-  int64_t packed = 0;  // of its rows in pack_x's form: where they begin
+  int64_t packed = 0;  // where its rows begin among those packed by pack_x
 };
 
-// Nanoseconds of `columns` columns of a group, as they are on average.
+// The mean cost over all groups of `columns` columns, in nanoseconds.
 template <Epilogue kEpilogue, class T>
 double mean_cost(const std::vector<Group<T>>& groups, int64_t columns, bool has_tiles) {
   double sum = 0.0;

@@ -1,10 +1,11 @@
-// linear for more rows than linear.cpp streams the weight for, on a CPU without bfloat16 products
-// of its own: all is widened to float32 once, and multiplied as outer products.
+// linear for more rows than linear.cpp serves by streaming the weight, on a CPU without bfloat16
+// products: x and weight are widened to float32 once and multiplied as outer products.
 //
-// A panel is 2 vectors of columns: neighbours or, with kSiluMul, one of gate and one of up. Its
-// weight is transposed, [k][2][kLanes], so that a sum is one lane: each element of x is multiplied
-// by both vectors, for kBlockRows rows of x at a time, whose sums are all the registers there are.
-// Rows of x go by slices that fit L2. Sums run over k from its begin to its end, in one lane each.
+// A panel is 2 vectors of columns: neighbouring ones or, with kSiluMul, one of gate and one of up.
+// Its weight is transposed to [k][2][kLanes], so that each lane holds one sum. Each element of x is
+// multiplied by both vectors. kBlockRows rows of x are taken at a time, whose sums fill the
+// registers. Rows of x are processed in slices that fit L2. Each sum runs over k from begin to end
+// in a single lane.
 #pragma once
 
 #include <algorithm>
@@ -18,34 +19,34 @@ namespace pyserve {
 namespace {
 
 #ifdef __AVX512BF16__
-constexpr bool kHasProducts = true;  // of bfloat16, an instruction
+constexpr bool kHasProducts = true;  // the CPU has an instruction for bfloat16 products
 #else
 constexpr bool kHasProducts = false;
 #endif
-constexpr int64_t kFewBf16Rows = 64, kFewFloatRows = 16;  // beyond them torch is faster
+constexpr int64_t kFewBf16Rows = 64, kFewFloatRows = 16;  // with more rows torch is faster
 
 struct Shape {
   int64_t m, n, k, x_stride, weight_stride, out_stride;
 };
 
-// weight [n, k], bias [n], and what the sums of each row of x are multiplied by, [m]. The last two
-// may be null.
+// weight [n, k], bias [n], and the factor of the sums of each row of x, [m]. Bias and factors may
+// be null.
 template <class T>
 struct Matrix {
   const T* weight;
   const T* bias;
   const float* factors = nullptr;
 
-  // Of what lies behind the first n rows: the rows of up.
+  // The part of the matrix behind the first n rows: the rows of up.
   Matrix up(const Shape& shape) const {
     return {weight + shape.n * shape.weight_stride, bias != nullptr ? bias + shape.n : nullptr,
             factors};
   }
 };
 
-constexpr int kBlockRows = kLanes == 16 ? 12 : 6;  // two vectors of sums each
-constexpr int64_t kSliceBytes = 256 * 1024;        // of rows of x
-constexpr int64_t kWideBytes = 16 << 20;           // of x that is held as float32
+constexpr int kBlockRows = kLanes == 16 ? 12 : 6;  // each with two vectors of sums
+constexpr int64_t kSliceBytes = 256 * 1024;        // of rows of x in a slice
+constexpr int64_t kWideBytes = 16 << 20;           // the most of x that is held as float32
 
 // to[i * 2 * kLanes + r] = rows[r][i]
 inline void transpose_rows(const Bf16* const (&rows)[kLanes], int64_t k, float* to) {
@@ -61,7 +62,8 @@ inline void transpose_rows(const Bf16* const (&rows)[kLanes], int64_t k, float* 
   }
 }
 
-// One of a panel's two vectors: its columns of out from `column` on, and where they lie in weight.
+// One of a panel's two vectors: its columns of out from `column` on, and the first of their rows in
+// weight.
 struct Part {
   int64_t column, count, weight_row;
 };
@@ -84,7 +86,7 @@ struct ManyPanel {
     for (int p = 0; p < 2; ++p) {
       const Part& part = parts[p];
       const Bf16* rows[kLanes];
-      for (int r = 0; r < kLanes; ++r) {  // behind the last column any row will do
+      for (int r = 0; r < kLanes; ++r) {  // columns behind the last one may use any row
         const int64_t row = r < part.count ? part.weight_row + r : 0;
         rows[r] = matrix.weight + row * shape.weight_stride;
       }
@@ -109,7 +111,8 @@ struct ManyPanel {
   }
 };
 
-// Rows [0, num_rows) of kBlockRows rows of x, which lie k apart, by a panel.
+// Multiplies a block of kBlockRows rows of x, which lie k apart, by a panel and stores the first
+// num_rows rows.
 template <Epilogue kEpilogue>
 void block_of_many(const Shape& shape, const float* x, const float* weight,
                    const ManyPanel<kEpilogue>& panel, const Matrix<Bf16>& matrix, int64_t num_rows,
@@ -136,10 +139,10 @@ void linear_wide(const Shape& shape, const Bf16* x, const Matrix<Bf16>& matrix, 
   thread_local std::vector<float> wide_x;
   wide_x.resize(num_blocks * kBlockRows * shape.k);
   float* rows = wide_x.data();
-  // Both costs in nanoseconds are measured with AVX2.
+  // Both costs are in nanoseconds, measured with AVX2.
   const auto row_cost = 0.05 * static_cast<double>(shape.k);
   parallel_for(num_blocks * kBlockRows, row_cost, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {  // behind the last row any number will do
+    for (int64_t t = begin; t < end; ++t) {  // rows behind the last one may hold anything
       const Bf16* from = x + std::min(t, shape.m - 1) * shape.x_stride;
       float* to = rows + t * shape.k;
       int64_t i = 0;
@@ -148,7 +151,7 @@ void linear_wide(const Shape& shape, const Bf16* x, const Matrix<Bf16>& matrix, 
     }
   });
   const int64_t block_bytes = kBlockRows * std::max<int64_t>(shape.k, 1) * sizeof(float);
-  const int64_t slice = std::max<int64_t>(kSliceBytes / block_bytes, 4);  // blocks
+  const int64_t slice = std::max<int64_t>(kSliceBytes / block_bytes, 4);  // in blocks
   const int64_t num_panels = (shape.n + Panel::kColumns - 1) / Panel::kColumns;
   const auto panel_cost = 0.28 * static_cast<double>(shape.k * shape.m);
   parallel_for(num_panels, panel_cost, [&](int64_t begin, int64_t end) {

@@ -1,6 +1,6 @@
-// A norm between two linears as a factor (common/epilogue.h): what linear.cpp does for it beside
-// the products. It is here for what a card does to be served and tested on a CPU, where it pays for
-// one row alone.
+// An RMSNorm between two linears as a factor (common/epilogue.h): what linear.cpp does for it
+// besides the products. It exists so that what a GPU does can also be served and tested on a CPU;
+// there it is faster only for a single row.
 #pragma once
 
 #include <cmath>
@@ -13,8 +13,8 @@
 namespace pyserve {
 namespace {
 
-// What the norm before multiplies the sums of each of m rows of k columns by; empty where there is
-// none.
+// The factors of the RMSNorm in front for the sums of each of m rows of k columns; empty where
+// there is no norm.
 inline std::vector<float> norm_factors(const Squares& squares, int64_t m, int64_t k, double eps) {
   if (squares.data == nullptr) return {};
   std::vector<float> factors(m);
@@ -27,7 +27,7 @@ inline std::vector<float> norm_factors(const Squares& squares, int64_t m, int64_
   return factors;
 }
 
-// Makes of what stands in out what the norm that follows needs.
+// Computes `scaled` and `squares`, which the RMSNorm behind the linear needs, from out.
 template <class T>
 void scale_for_norm(const LinearArgs& args) {
   const T* weight = static_cast<const T*>(args.norm_weight);

@@ -1,12 +1,14 @@
-// The products behind linear.cpp and experts.cpp: rows of x by a matrix that lies as in the
+// The products behind linear.cpp and experts.cpp: rows of x times a matrix that lies as in the
 // checkpoint, for as many columns of out as a thread takes at once.
 //
-// Two ways, chosen by dtype, n and k alone:
-//   tiles   bfloat16 on a CPU with AMX. A tile of weight is 16 rows by 32 of k as they lie, one of
-//           x is transposed in pairs; 64 columns by 16 rows of x, or 32 by 32, at once.
-//   blocks  the rest. kLanes sums at once: 4 (then 2, then 1) rows of x by kLanes / 4 (2, 1) of
-//           weight, each sum one vector of partial sums over all of k, added up as a tree.
-// The order of a sum does not depend on block, nor on m.
+// There are two ways, chosen by dtype, n and k alone:
+//   tiles   bfloat16 on a CPU with AMX. A tile of weight is 16 rows by 32 of k as they lie in
+//           memory; a tile of x is transposed in pairs of k. One call multiplies 64 columns by 16
+//           rows of x, or 32 by 32.
+//   blocks  everything else. kLanes sums at once: 4 (then 2, then 1) rows of x by kLanes / 4 (/ 2,
+//           / 1) rows of weight. Each sum is one vector of partial sums over all of k, whose lanes
+//           are added as a tree.
+// The order of a sum depends neither on the block nor on m.
 #pragma once
 
 #include <algorithm>
@@ -28,7 +30,7 @@ namespace {
 
 // ---- products of elements -----------------------------------------------------------------------
 
-// How elements of type T are read and multiplied: kStep of them at once.
+// How elements of type T are read and multiplied, kStep of them at a time.
 template <class T>
 struct Dot {
   using Part = Vec;
@@ -61,8 +63,8 @@ struct Dot<Bf16> {
 
 // ---- blocks -------------------------------------------------------------------------------------
 
-// The sums, factors and bias included, of columns [column, column + kLanes / kTokens) of kTokens
-// rows, token by token. Columns from n on are computed from the last row of weight.
+// The sums, with factors and bias, of columns [column, column + kLanes / kTokens) of kTokens rows,
+// token by token. Columns from n on repeat the last row of weight.
 template <class T, int kTokens>
 [[gnu::always_inline]] inline Vec block_sums(const Shape& shape, const T* x,
                                              const Matrix<T>& matrix, int64_t column) {
@@ -106,8 +108,8 @@ template <class T, int kTokens>
   return result + load(added);
 }
 
-// Output columns [column, column + kLanes / kTokens) of kTokens rows, up to n; `x` and `out` are at
-// the first of them.
+// Computes columns [column, column + kLanes / kTokens) of kTokens rows, up to column n. `x` and
+// `out` point to the first of these rows.
 template <Epilogue kEpilogue, class T, int kTokens>
 void block(const Shape& shape, const T* x, const Matrix<T>& matrix, int64_t column, T* out) {
   constexpr int kRows = kLanes / kTokens;
@@ -134,7 +136,7 @@ void block(const Shape& shape, const T* x, const Matrix<T>& matrix, int64_t colu
   }
 }
 
-// kLanes columns, or those up to n, of kTokens rows.
+// Computes kLanes columns, or those up to n, of kTokens rows.
 template <Epilogue kEpilogue, class T, int kTokens>
 void block_row(const Shape& shape, const T* x, Matrix<T> matrix, int64_t t, int64_t column,
                T* out) {
@@ -146,7 +148,7 @@ void block_row(const Shape& shape, const T* x, Matrix<T> matrix, int64_t t, int6
   }
 }
 
-// kLanes columns of all rows.
+// Computes kLanes columns of all rows.
 template <Epilogue kEpilogue, class T>
 void block_columns(const Shape& shape, const T* x, const Matrix<T>& matrix, int64_t column,
                    T* out) {
@@ -170,19 +172,20 @@ void block_columns(const Shape& shape, const T* x, const Matrix<T>& matrix, int6
 
 #ifdef __AMX_BF16__
 
-constexpr int64_t kTileRows = 16;             // of weight, and of x
-constexpr int64_t kTileDepth = 32;            // of k
-constexpr int64_t kPackedTile = 16 * kLanes;  // floats, each holding a pair of bfloat16
+constexpr int64_t kTileRows = 16;             // rows of weight, and of x
+constexpr int64_t kTileDepth = 32;            // columns of k
+constexpr int64_t kPackedTile = 16 * kLanes;  // in floats, each of which holds a pair of bfloat16
 static_assert(kLanes == kTileRows);
 
-// Asks Linux for the tile registers, once for the process.
+// Asks Linux for permission to use the tile registers, once per process.
 inline bool may_use_tiles() {
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, XFEATURE_XTILE_DATA
   static const bool may = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return may;
 }
 
-// The calling thread's tile registers, all of 16 rows by 64 bytes, for as long as it lives.
+// Configures the calling thread's tile registers, all as 16 rows of 64 bytes, for the lifetime of
+// this object.
 class TileRegisters {
  public:
   TileRegisters() {
@@ -199,7 +202,7 @@ class TileRegisters {
   TileRegisters& operator=(const TileRegisters&) = delete;
 };
 
-// x as tiles [ceil(m / 16)][k / 32][16 pairs of k][16 rows of x]; rows behind m are 0.
+// Packs x as tiles [ceil(m / 16)][k / 32][16 pairs of k][16 rows of x]; rows from m on are 0.
 inline void pack_x(const Shape& shape, const Bf16* x, float* packed) {
   for (int64_t t = 0; t < shape.m; t += kTileRows) {
     for (int64_t i = 0; i < shape.k; i += kTileDepth, packed += kPackedTile) {
@@ -213,8 +216,8 @@ inline void pack_x(const Shape& shape, const Bf16* x, float* packed) {
   }
 }
 
-// 16 columns of a product of tiles, and those of them that are stored. The last panel of weight
-// starts early enough to be whole; its first columns are stored by the panel before.
+// The 16 columns of a product of tiles, and which of them are stored. The last panel of weight
+// begins early enough to be whole; its first columns are stored by the panel before.
 struct Panel {
   int64_t first, begin, end;
 
@@ -224,7 +227,7 @@ struct Panel {
         end(std::min(column + kTileRows, n)) {}
 };
 
-// rows[t] = sums[column][t] * factor + bias, of `count` rows of x from t0 on
+// rows[t] = sums[column][t] * factor + bias, for `count` rows of x from t0 on.
 inline void panel_rows(const float* sums, const Panel& panel, const Matrix<Bf16>& matrix, int64_t t0,
                 int64_t count, Vec* rows) {
   for (int r = 0; r < kLanes; ++r) rows[r] = load(sums + r * kLanes);
@@ -236,8 +239,8 @@ inline void panel_rows(const float* sums, const Panel& panel, const Matrix<Bf16>
   for (int r = 0; r < kLanes; ++r) rows[r] += load(matrix.bias + panel.first);
 }
 
-// out[t0 + t, panel] = what the epilogue makes of sums[column][t] + bias, rounded. `up_sums` are
-// those of the rows of up, with kSiluMul.
+// out[t0 + t, panel] = the epilogue of sums[column][t] + bias, rounded. With kSiluMul, up_sums are
+// the sums of the rows of up.
 template <Epilogue kEpilogue>
 void store_panel(const Shape& shape, const float* sums, const float* up_sums, const Panel& panel,
                  const Matrix<Bf16>& matrix, int64_t t0, Bf16* out) {
@@ -255,7 +258,7 @@ void store_panel(const Shape& shape, const float* sums, const float* up_sums, co
     if (panel.begin == panel.first) {
       if constexpr (kEpilogue == Epilogue::kAdd) result = load(row + panel.first) + result;
       store(row + panel.first, result);
-    } else {  // the columns before `begin` may be another thread's
+    } else {  // the columns before `begin` may belong to another thread
       Bf16 rounded[kLanes] = {};
       if constexpr (kEpilogue == Epilogue::kAdd) {
         std::memcpy(rounded + (panel.begin - panel.first), row + panel.begin,
@@ -269,8 +272,8 @@ void store_panel(const Shape& shape, const float* sums, const float* up_sums, co
   }
 }
 
-// The panels of weight that kCount tiles multiply by at once: those of neighbouring columns of out
-// or, with kSiluMul, kCount / 2 of gate and then those of up.
+// The panels of weight for kCount tiles that are multiplied together: those of neighbouring columns
+// of out or, with kSiluMul, kCount / 2 of gate and then the matching ones of up.
 template <Epilogue kEpilogue, int kCount>
 struct Panels {
   static constexpr bool kIsPaired = kEpilogue == Epilogue::kSiluMul;
@@ -283,7 +286,7 @@ struct Panels {
   Panels(const Shape& shape, const Matrix<Bf16>& matrix, int64_t column)
       : Panels(shape, matrix, column, std::make_integer_sequence<int, kColumnPanels>{}) {}
 
-  // Stores what kCount tiles of the rows [t0, t0 + 16) of x have summed up.
+  // Stores the sums of kCount tiles for rows [t0, t0 + 16) of x.
   void store(const Shape& shape, const float (&sums)[kCount][kTileRows * kLanes],
              const Matrix<Bf16>& matrix, int64_t t0, Bf16* out) const {
     for (int p = 0; p < kColumnPanels; ++p) {
@@ -304,7 +307,7 @@ struct Panels {
   }
 };
 
-// 4 panels by rows [t0, t0 + 16) of x.
+// Multiplies 4 panels by rows [t0, t0 + 16) of x.
 template <Epilogue kEpilogue>
 void tiles_4x1(const Shape& shape, const float* packed, const Matrix<Bf16>& matrix, int64_t column,
                int64_t t0, Bf16* out) {
@@ -335,7 +338,7 @@ void tiles_4x1(const Shape& shape, const float* packed, const Matrix<Bf16>& matr
   panels.store(shape, sums, matrix, t0, out);
 }
 
-// 2 panels by rows [t0, t0 + 32) of x.
+// Multiplies 2 panels by rows [t0, t0 + 32) of x.
 template <Epilogue kEpilogue>
 void tiles_2x2(const Shape& shape, const float* packed, const Matrix<Bf16>& matrix, int64_t column,
                int64_t t0, Bf16* out) {
@@ -358,7 +361,7 @@ void tiles_2x2(const Shape& shape, const float* packed, const Matrix<Bf16>& matr
     _tile_dpbf16ps(1, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  alignas(64) float sums[2][2][kTileRows * kLanes];  // of the first rows of x, of the second
+  alignas(64) float sums[2][2][kTileRows * kLanes];  // [first 16 rows of x, second 16 rows][panel]
   _tile_stored(0, sums[0][0], 64);
   _tile_stored(1, sums[0][1], 64);
   _tile_stored(2, sums[1][0], 64);
@@ -367,11 +370,11 @@ void tiles_2x2(const Shape& shape, const float* packed, const Matrix<Bf16>& matr
   panels.store(shape, sums[1], matrix, t0 + kTileRows, out);
 }
 
-// What is multiplied of out at once: 64 columns, or with kSiluMul 32.
+// The columns of out that tile_columns computes: 64, or 32 with kSiluMul.
 template <Epilogue kEpilogue>
 constexpr int64_t kTileColumns = Panels<kEpilogue, 4>::kColumns;
 
-// kTileColumns columns of all rows; `packed` is pack_x of them.
+// Computes kTileColumns columns of all rows; `packed` comes from pack_x.
 template <Epilogue kEpilogue>
 void tile_columns(const Shape& shape, const float* packed, const Matrix<Bf16>& matrix,
                   int64_t column, Bf16* out) {
@@ -391,12 +394,13 @@ inline bool fits_tiles(const Shape& shape) {
   return shape.k % kTileDepth == 0 && shape.n >= kTileRows && may_use_tiles();
 }
 
-// fn(begin, end) over parts of [0, count), with the tile registers of a thread.
+// Calls fn(begin, end) for parts of [0, count) on several threads, each with its tile registers
+// configured.
 template <class Fn>
 void parallel_for_tiles(int64_t count, double cost, const Fn& fn) {
   parallel_for(count, cost, [&](int64_t begin, int64_t end) {
     const TileRegisters registers;
-    asm volatile("" ::: "memory");  // loads of tiles come after the stores that fill packed
+    asm volatile("" ::: "memory");  // keeps tile loads behind the stores that fill packed
     fn(begin, end);
   });
 }
@@ -405,8 +409,8 @@ void parallel_for_tiles(int64_t count, double cost, const Fn& fn) {
 
 // ---- costs --------------------------------------------------------------------------------------
 
-// Nanoseconds of one column of out by m rows. The factors are measured: nanoseconds a byte of
-// weight, and a byte and row of x.
+// The cost of one column of out for m rows, in nanoseconds. The factors are measured: nanoseconds
+// per byte of weight, and per byte and row of x.
 template <Epilogue kEpilogue, class T>
 double column_cost(const Shape& shape, bool has_tiles) {
   const auto bytes = static_cast<double>(shape.k * sizeof(T) * rows_per_column(kEpilogue));

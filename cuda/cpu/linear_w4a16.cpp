@@ -1,16 +1,19 @@
-// linear of a matrix of 4-bit integers, for few rows of x, and the matrix as plain numbers.
+// linear_w4a16, grouped_linear_w4a16 and dequantise_w4a16 on a CPU: a linear with 4-bit integers
+// for few rows of x, the same for experts, and the dequantised matrix.
 //   out[t, j] = sum over i of x[t, i] * W[j, i], plus bias[j];  W = (q - z) * s
 //   x [m, k], packed (pyserve/ops/w4a16.py), bias [n], out [m, n]
-// or what an epilogue makes of these sums (common/epilogue.h).
+// or an epilogue of these sums (common/epilogue.h). x and out are float32 or bfloat16.
 //
-// The work is to stream the matrix once, as fast as memory gives it. Threads split the strips of 16
-// rows. The 16 words that hold two rows of a block are read at once, and each of their 8 nibbles is
-// turned into q - z by a table of 16 where the CPU has one (AVX-512), else by arithmetic; x lies in
-// the order of these words, as float32, and its rows are taken 4 (then 2, then 1) at a time. Products
-// of bfloat16, where the CPU has them, were no faster: 4.0 / 2.4 ms at one row by [14336, 4096], 26 /
-// 21 at 16 (Intel with AMX, one thread): one a cycle, of two elements each, against two of float32.
-// Numerics: q - z is exact; float32 sums over a group, times the scale, summed over the groups, then
-// the lanes as a tree, the bias, and one rounding. What else is in a batch never changes a row.
+// The work is to stream the matrix once, as fast as memory delivers it. Threads split the strips of
+// 16 rows. The 16 words that hold two rows of a block are read at once, and each of their 8 nibbles
+// becomes q - z, by a 16-entry table lookup where the CPU has one (AVX-512), otherwise by
+// arithmetic. x is copied as float32 into the order of these words, and its rows are taken 4 (then
+// 2, then 1) at a time. bfloat16 products were not faster where the CPU has them: 4.0 against 2.4
+// ms at one row by [14336, 4096] and 26 against 21 at 16 (Intel with AMX, one thread), because it
+// issues one of them per cycle, of two elements per lane, but two float32 FMAs.
+// Numerics: q - z is exact; float32 sums over a group, times the scale, summed over the groups;
+// then the lanes as a tree, the bias, and one rounding. A row's result never depends on what else
+// is in a batch.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -26,15 +29,15 @@
 namespace pyserve {
 namespace {
 
-constexpr int kRowWords = 16;  // of a block, of two of its rows
+constexpr int kRowWords = 16;  // words of two rows of a block
 constexpr int kChunks = kRowWords / kLanes;
-// Words that are asked for ahead of their use: a strip is one stream, which the CPU would follow page
-// by page only. One thread, one row by [14336, 4096]: 3.8 ms with it, 7.9 without.
+// How many words ahead are prefetched, because the CPU's own prefetcher follows a strip only to the
+// end of a page. With one thread, one row by [14336, 4096] takes 3.8 ms with this and 7.9 without.
 constexpr int64_t kAhead = 2048;
 
 // ---- q - z, and products ------------------------------------------------------------------------
 
-// For each zero point q - z of all q.
+// q - z for each zero point z and all q.
 struct Differences {
   alignas(64) float rows[16][16];
 
@@ -52,19 +55,21 @@ inline UintVec load_words(const uint32_t* p) {
   return v;
 }
 
-// What of a word's nibbles a table of two groups looks at: which of the two is the lane's.
+// For tables of two groups: sets `bit` in the lanes that belong to the second group.
 inline __attribute__((unused)) UintVec step_bit(uint32_t bit) {
   UintVec bits = {};
   for (int lane = 0; lane < kLanes; ++lane) bits[lane] = lane % 4 >= 2 ? bit : 0;
   return bits;
 }
 
-// Products of float32: each nibble of a word is one. Where a block has two groups, kRecords, the
-// lanes of steps 0 and 1 are of the first, those of 2 and 3 of the second.
+// Products of float32: each nibble of a word is one factor. Where a block has two groups (kRecords
+// == 2), the lanes of steps 0 and 1 belong to the first group, those of steps 2 and 3 to the
+// second.
 template <class T, int kRecords>
 struct Product {
-  static constexpr int kParts = 4;  // of 16 columns each: nibbles h, h + 2, h + 4, h + 6
-  using X = float;                  // x as it is read: [block][part][kRowWords]
+  // Of 16 columns each; part p is nibbles 2 p (row g) and 2 p + 1 (row g + 8).
+  static constexpr int kParts = 4;
+  using X = float;                  // x in the order it is read: [block][part][kRowWords]
   using Part = Vec;
 
 #ifdef __AVX512F__
@@ -73,7 +78,7 @@ struct Product {
       : first(_mm512_load_ps(kDifferences.rows[z0])),
         second(_mm512_load_ps(kDifferences.rows[z1])) {}
   Vec decode(UintVec words) const {
-    if constexpr (kRecords == 1) {  // the table looks at the lowest 4 bits
+    if constexpr (kRecords == 1) {  // the lookup uses only the lowest 4 bits
       return std::bit_cast<Vec>(_mm512_maskz_permutexvar_ps(
           0xffff, std::bit_cast<__m512i>(words), first));
     }
@@ -95,7 +100,8 @@ struct Product {
   static Part read(const X* p) { return load(p); }
   static Vec add(Vec sums, Part a, Part b) { return fma(a, b, sums); }
 
-  // `count` columns of a block of x, those behind them 0.
+  // Copies `count` columns of a block of x into the order in which they are read; columns behind
+  // them become 0.
   static void arrange(const T* x, int64_t count, X* to) {
     for (int part = 0; part < kParts; ++part) {
       for (int lane = 0; lane < kRowWords; ++lane) {
@@ -108,7 +114,7 @@ struct Product {
 
 // ---- strips -------------------------------------------------------------------------------------
 
-// What the records of a unit say of a row.
+// What the records of a unit say about a row.
 template <int kRecords>
 struct RowRecord {
   uint32_t z0, z1;
@@ -126,7 +132,7 @@ struct RowRecord {
   }
 };
 
-// totals[t][r] += the unit's part of row r of the strip by row t of x.
+// totals[t][r] += row r of the unit times row t of x.
 template <class T, int kTokens, int kBlocks, int kRecords>
 [[gnu::always_inline]] inline void add_unit(const uint32_t* words,
                                             const typename Product<T, kRecords>::X* x,
@@ -187,7 +193,7 @@ struct W4Strips {
     }
   }
 
-  double cost(int64_t m) const {  // measured: a byte of the matrix, and a byte and row of x
+  double cost(int64_t m) const {  // measured: ns per byte of the matrix, and per byte and row of x
     const auto bytes = static_cast<double>(matrix.strip_words() * sizeof(uint32_t));
     return bytes * (0.06 + 0.03 * static_cast<double>(m));
   }
@@ -205,7 +211,7 @@ struct W4Strips {
   }
 };
 
-// fn(strips) of the matrix by its group size.
+// Calls fn(strips) with the type for the matrix's group size.
 template <class T, class Fn>
 void with_strips(const W4Matrix& matrix, int64_t k, const Fn& fn) {
   if (matrix.format.group_size == 32) return fn(W4Strips<T, 1, 2>{matrix, k});
@@ -215,7 +221,7 @@ void with_strips(const W4Matrix& matrix, int64_t k, const Fn& fn) {
 
 // ---- the matrix as plain numbers ----------------------------------------------------------------
 
-// (q - z) * s of all q, for a row of a unit: of its first group and of its last one.
+// (q - z) * s for all q, for one row of a unit: in its first group and in its last one.
 template <class T>
 struct RowNumbers {
   T numbers[2][16];
@@ -229,7 +235,8 @@ struct RowNumbers {
     }
   }
 
-  // The 64 columns of a block; `words` are the row's of the block, shifted to its half.
+  // Writes the 64 columns of a block. `words` are the block's words of the row, to be shifted by
+  // `shift` for the row's half.
   void write(const uint32_t* words, int shift, T* out) const {
     for (int s = 0; s < 4; ++s) {
       const T* table = numbers[s / 2];
@@ -245,7 +252,8 @@ struct RowNumbers {
 };
 
 #ifdef __AVX512BW__
-// The same in one register: number q of the first group is its element 2 q, of the last 2 q + 1.
+// The same in one register: number q of the first group is element 2 q, number q of the last group
+// is element 2 q + 1.
 template <>
 struct RowNumbers<Bf16> {
   UintVec numbers;
@@ -261,7 +269,8 @@ struct RowNumbers<Bf16> {
   void write(const uint32_t* words, int shift, Bf16* out) const {
     const UintVec row = load_words(words) >> shift;
     const __m512i first = look_up(row << 1), second = look_up(row >> 7);
-    // Pair 8 s + 4 u + t of the columns is lane 4 t + s of those of u; 16 more say the second.
+    // Pair 8 s + 4 u + t of the columns is in lane 4 t + s of register u; adding 16 to an index
+    // selects the second register.
     const __m512i order =
         _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
     const __m512i next = _mm512_add_epi32(order, _mm512_set1_epi32(2));
@@ -293,7 +302,7 @@ void dequantise_strip(const W4Matrix& matrix, int64_t strip, int num_rows, int64
         T* to = out + r * stride + column;
         if (column + kW4BlockColumns <= k) {
           numbers.write(row, shift, to);
-        } else {  // half a block is padding
+        } else {  // the second half of the last block may be padding
           T whole[kW4BlockColumns];
           numbers.write(row, shift, whole);
           std::memcpy(to, whole, (k - column) * sizeof(T));
@@ -348,10 +357,10 @@ void dequantise_w4a16(const Tensor& packed, const Tensor& out) {
   });
 }
 
-// Whether linear_w4a16 is faster for the rows of x than a product with the matrix as plain numbers.
-// One thread with AMX, [14336, 4096] in bfloat16, ms of CPU time, integers / plain numbers made of
-// them by 4 MB: 2.4 / 17 at 1 row, 21 / 16-20 at 16; where it lies in bfloat16 14.5 at each. In
-// float32 47 / 142 at 32 rows.
+// Whether linear_w4a16 is faster for the rows of x than dequantising the matrix and multiplying.
+// Measured with one thread and AMX for [14336, 4096] in bfloat16, in ms of CPU time, linear_w4a16 /
+// dequantising 4 MB at a time and multiplying: 2.4 / 17 at 1 row, 21 / 16-20 at 16; a matrix that
+// already is bfloat16 takes 14.5 at either. In float32: 47 / 142 at 32 rows.
 bool serves_linear_w4a16(const Tensor& x, const Tensor& /*packed*/) {
   const View rows = ViewReader{"serves_linear_w4a16", Place::kCpu}("x", x, 2);
 #ifdef __AMX_BF16__

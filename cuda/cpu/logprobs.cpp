@@ -1,11 +1,13 @@
-// logprobs: of rows of logits the log-softmax of one token, how many tokens are above it, and the
-// 20 most likely ones.
+// logprobs on a CPU: for given rows of logits, float32 or bfloat16: the log-softmax of one token,
+// how many tokens have a larger logit, and the 20 most likely tokens.
 //
-// Two passes over a row. The first takes the maxima of chunks of 256 tokens: their largest is that
-// of the row, and no token of the 20 is below the 20th largest of them. The second sums exp and
-// looks for candidates in chunks that reach that bound only; those go into a short sorted list.
-// Numerics: exp is float32, sums are float32 within a chunk and float64 over them. A NaN counts as
-// -inf. Floor: bytes, the logits once; exp costs more on a CPU. Rows go to threads.
+// Two passes over a row. The first takes the maxima of chunks of 256 tokens: the largest is that of
+// the row, and none of the 20 tokens is below the 20th largest maximum. The second sums exp, and
+// looks for candidates only in chunks that reach this bound; they go into a short sorted list.
+// Numerics: exp is float32; sums are float32 within a chunk and float64 over the chunks. A NaN
+// counts as -inf.
+// Floor: the bytes of the logits, once; but exp costs more than that on a CPU. Rows are split over
+// threads.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -29,7 +31,8 @@ struct Candidate {
   int32_t id;
 };
 
-// The largest logits so far, largest first, of equal ones the lowest id; offered in order of ids.
+// The largest logits so far, largest first, and the lowest id first among equal ones. Candidates
+// must be offered in the order of their ids.
 struct TopList {
   Candidate items[kTopLogprobs];
   int64_t size = 0;
@@ -45,7 +48,7 @@ struct TopList {
 inline Vec without_nan(Vec x) { return x == x ? x : splat(-INFINITY); }
 inline float without_nan(float x) { return x == x ? x : -INFINITY; }
 
-// The lanes that lie behind the row's end read as -inf.
+// Lanes behind the end of the row read as -inf.
 template <class T>
 Vec load_lanes(const T* logits, int64_t i, int64_t n) {
   if (i + kLanes <= n) return without_nan(load(logits + i));
@@ -56,7 +59,7 @@ Vec load_lanes(const T* logits, int64_t i, int64_t n) {
   return x;
 }
 
-// The largest of each chunk of a row.
+// The largest logit of each chunk of a row.
 template <class T>
 void chunk_maxima(const T* logits, int64_t n, std::vector<float>& maxima) {
   maxima.clear();
@@ -71,7 +74,7 @@ void chunk_maxima(const T* logits, int64_t n, std::vector<float>& maxima) {
 }
 
 struct RowResult {
-  double sum = 0;  // of exp(logit - largest)
+  double sum = 0;  // sum of exp(logit - largest)
   int64_t num_above = 0;
   TopList top;
 };
@@ -88,7 +91,8 @@ RowResult scan_row(const T* logits, int64_t n, const std::vector<float>& maxima,
     for (int64_t i = begin; i < end; i += kLanes) {
       const Vec x = load_lanes(logits, i, end);
       above -= x > token_logit;
-      // exp is clamped: far below the largest it is no more than e^-87, which no sum notices.
+      // exp is clamped: far below the largest logit it gives e^-87 instead of less, which does not
+      // change any sum.
       if (has_sum) sums += x == -INFINITY ? Vec{} : exp(x - largest);
     }
     result.sum += double{sum(sums)};
@@ -102,7 +106,7 @@ RowResult scan_row(const T* logits, int64_t n, const std::vector<float>& maxima,
   return result;
 }
 
-// What is written for one row that asks.
+// Where the results for one row go.
 struct Output {
   float* token_logprob;
   int32_t* token_rank;

@@ -1,16 +1,20 @@
-// LoRA: what adapters add to a linear's output (Hu et al. 2021), in two ops.
+// LoRA on a CPU: what adapters add to a linear's output (Hu et al. 2021), in two ops.
 //   lora_shrink  out[t, p, r] = scales[s, p] * sum over i of x[t, i] * a[s, p, r, i]
-//   lora_expand  out[t, j] += sum over r of shrunk[t, p, r] * b[s, j, r], j in part p's columns
-//   lora_expand_silu_mul  the second, then silu_mul
-// where s is the slot of t's adapter: t is in [starts[s], starts[s + 1]), and r < ranks[s, p].
-//   x [num_tokens, k], a [num_slots, num_parts, max_rank, k], b [num_slots, n, max_rank]
-// What is shrunk stands in the first split, the others are zeros: a card splits k.
+//   lora_expand  out[t, j] += sum over r of shrunk[t, p, r] * b[s, j, r], for j in part p's columns
+//   lora_expand_silu_mul  lora_expand, then silu_mul
+// where s is the slot of token t's adapter, so that starts[s] <= t < starts[s + 1], and r <
+// ranks[s, p].
+//   x [num_tokens, k], a [num_slots, num_parts, max_rank, k] and b [num_slots, n, max_rank],
+//   float32 or bfloat16
+// The result of lora_shrink is put into the first split and the others are zeros; only a GPU splits
+// k.
 //
-// Tokens outside all segments are neither read nor written, nor is anything from a part's rank on.
+// Tokens without an adapter are neither read nor written, nor is anything from a part's rank on.
 //
-// Items are kTokens tokens of one segment by some rows of one part's matrix; threads split them.
-// Numerics: float32 sums, one rounding of what is added to out. The order of a sum depends on k, or
-// the rank, alone: what else is in a batch never changes a row's result.
+// Work: an item is kTokens tokens of one slot by some rows of one part's matrix; threads split the
+// items.
+// Numerics: float32 sums, one rounding of what is added to out. The order of a sum depends only on
+// k, or on the rank, so a row's result never depends on what else is in a batch.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -27,7 +31,7 @@ constexpr int64_t kTokens = 16;
 constexpr int64_t kShrinkRows = kLanes;
 constexpr int64_t kExpandColumns = 16 * kLanes;
 
-// Tokens of one slot by rows of one part's matrix.
+// Some tokens of one slot, and some rows of one part's matrix.
 struct Item {
   int64_t slot, part;
   int64_t token, num_tokens;
@@ -47,7 +51,8 @@ struct Ranks {
   }
 };
 
-// `rows_of_part(slot, part)` gives the begin and the end of a part's rows, where there are any.
+// All items. rows_of_part(slot, part) gives the begin and the end of a part's rows, equal where it
+// has none.
 template <class RowsOfPart>
 std::vector<Item> items_of(const View& starts, int64_t num_tokens, int64_t num_parts,
                            int64_t rows_at_once, const RowsOfPart& rows_of_part) {
@@ -73,7 +78,7 @@ std::vector<Item> items_of(const View& starts, int64_t num_tokens, int64_t num_p
 
 // ---- shrink -------------------------------------------------------------------------------------
 
-// Dot products of kTokensAtOnce rows of x and kLanes / kTokensAtOnce rows of a, x by x.
+// Dot products of kTokensAtOnce rows of x and kLanes / kTokensAtOnce rows of a, token by token.
 template <class T, int kTokensAtOnce>
 Vec dots(const T* x, int64_t x_stride, const T* const (&rows)[kLanes / kTokensAtOnce], int64_t k) {
   constexpr int kRows = kLanes / kTokensAtOnce;
@@ -97,7 +102,7 @@ Vec dots(const T* x, int64_t x_stride, const T* const (&rows)[kLanes / kTokensAt
   return sum_rows(sums);
 }
 
-// Of `count` rows of a from `row` on, at most kLanes / kTokensAtOnce.
+// For `count` rows of a, at most kLanes / kTokensAtOnce.
 template <class T, int kTokensAtOnce>
 void shrink_block(const T* x, int64_t x_stride, const T* a, int64_t a_stride, int64_t k,
                   int64_t count, float scale, float* out, int64_t out_stride) {
@@ -136,7 +141,8 @@ void shrink_item(const LoraShrinkArgs& args, const Item& item) {
   for (; token < end; ++token) shrink_rows<T, 1>(args, item, token, a, scale);
 }
 
-// What shrink_item wrote, times the factors of the norm before; zeros in the other splits.
+// Multiplies what shrink_item wrote by the factors of the RMSNorm in front, and fills the other
+// splits with zeros.
 void finish_item(const LoraShrinkArgs& args, const Item& item, const std::vector<float>& factors) {
   for (int64_t token = item.token; token < item.token + item.num_tokens; ++token) {
     float* out = args.out.ptr<float>() + token * args.out.stride(1) +
@@ -163,7 +169,7 @@ void lora_shrink(const Tensor& x, const Tensor& a, const Tensor& starts, const T
       args.starts, args.num_tokens(), args.num_parts(), kShrinkRows,
       [&](int64_t slot, int64_t part) { return std::pair(int64_t{0}, rank_of(slot, part)); });
   dispatch_float<float, Bf16>(args.x, [&]<class T>(T) {
-    // As a linear's, nanoseconds a byte of a row, and a byte and token.
+    // As for a linear: nanoseconds per byte of a row, and per byte and token.
     const double bytes = static_cast<double>(args.k() * sizeof(T) * kShrinkRows);
     const double cost = bytes * (0.035 + 0.008 * std::min(kTokens, args.num_tokens()));
     parallel_for(static_cast<int64_t>(items.size()), cost, [&](int64_t begin, int64_t end) {
@@ -177,7 +183,7 @@ void lora_shrink(const Tensor& x, const Tensor& a, const Tensor& starts, const T
 
 // ---- expand -------------------------------------------------------------------------------------
 
-// out[c] += sum over r of shrunk[r] * b[c, r], `count` columns of at most kLanes.
+// out[c] += sum over r of shrunk[r] * b[c, r], for `count` <= kLanes columns.
 template <class T>
 void expand_block(const float* shrunk, int64_t rank, const T* b, int64_t b_stride, int64_t count,
                   T* out) {
@@ -205,7 +211,7 @@ void expand_block(const float* shrunk, int64_t rank, const T* b, int64_t b_strid
   }
 }
 
-// The sum over splits of what a token and a part have.
+// sums = the sum over the splits for one token and one part.
 void add_splits(const LoraExpandArgs& args, int64_t token, int64_t part, int64_t rank,
                 std::vector<float>& sums) {
   const float* row =

@@ -1,7 +1,8 @@
-// rms_norm and add_rms_norm (Zhang and Sennrich 2019): out = x / sqrt(mean(x^2) + eps) * (weight +
-// offset). With x_weight, add_rms_norm adds the norm of x by it, rounded, in place of x.
-// Rows are split over threads; a row is read from memory once, and again from the L1 cache to be
-// scaled. Sums are float32 in kLanes * 2 partial sums, rounding happens once, at the store.
+// rms_norm and add_rms_norm on a CPU (Zhang and Sennrich 2019), float32 or bfloat16: out = x /
+// sqrt(mean(x^2) + eps) * (weight + offset). add_rms_norm first adds x to the residual and norms
+// the sum; with x_weight it adds the norm of x by x_weight, rounded, in place of x. Rows are split
+// over threads. A row is read from memory once, and again from the L1 cache to be scaled. Sums are
+// float32 in kLanes * 2 partial sums; results are rounded once, at the store.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -14,7 +15,7 @@
 namespace pyserve {
 namespace {
 
-// residual[i] += x[i], rounded to T, where kAdd; returns the sum of squares of what is normed.
+// With kAdd, residual[i] += x[i], rounded to T. Returns the sum of squares of what is normed.
 template <class T, bool kAdd>
 float squares(const T* x, T* residual, int64_t n) {
   Vec partial[2] = {};
@@ -51,13 +52,13 @@ void scale_row(const T* x, const T* weight, float offset, float factor, T* out, 
   }
 }
 
-// What a norm multiplies a row by whose squares add up to `squares`.
+// The factor of the norm for a row whose squares add up to `squares`.
 inline float norm_factor(float squares, int64_t n, double eps) {
   return 1.0f / std::sqrt(squares / static_cast<float>(n) + static_cast<float>(eps));
 }
 
-// With kAdd, x is added to `residual`, which is normed; else x is. x_weight: null, or x is normed by
-// it before it is added.
+// With kAdd, x is added to `residual`, which is then normed; otherwise x is normed. If x_weight is
+// not null, x is first normed by it.
 template <class T, bool kAdd>
 void norm_rows(const NormArgs& args, const T* x_weight, double eps, double offset) {
   const View &x = args.x, &weight = args.weight, &out = args.out, &residual = args.residual;

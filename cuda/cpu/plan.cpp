@@ -1,6 +1,7 @@
-// plan_step: applies a packed StepInput (common/step.h) to the slots and derives the batch metadata
-// of the step. Serial: a step has at most a few thousand words. Nothing of the buffer is trusted:
-// each offset, slot, block index and token id is checked before it is used.
+// plan_step on a CPU: applies a packed StepInput (common/step.h, int32) to the slots and derives
+// the batch metadata of the step. It is serial, because a step has at most a few thousand words.
+// Every value of the buffer is checked before it is used: offsets, slots, block indices and token
+// ids.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -18,7 +19,7 @@ constexpr const char* kOp = "plan_step";
 
 #define PLAN_CHECK(condition, ...) PYSERVE_CHECK(condition, kOp, ": bad step input: ", __VA_ARGS__)
 
-// The buffer, its header checked: sections lie inside and in order.
+// The buffer with its header checked: the sections lie inside it and in order.
 struct StepWords {
   const int32_t* words;
   int64_t num_words;
@@ -66,7 +67,7 @@ StepWords checked_words(const View& step_input, const Plan& plan) {
 }
 
 void check_token_ids(const int32_t* ids, int64_t n, int64_t vocab_size, const char* what) {
-  uint32_t largest = 0;  // a negative id is the largest
+  uint32_t largest = 0;  // as unsigned, a negative id is the largest
   for (int64_t i = 0; i < n; ++i) largest = std::max(largest, static_cast<uint32_t>(ids[i]));
   PLAN_CHECK(n == 0 || largest < vocab_size, what, " holds token id ",
              static_cast<int32_t>(largest), ", the vocabulary ", vocab_size);
@@ -104,7 +105,7 @@ void check_sampling(const int32_t* header, const int32_t* bias_values, int64_t n
   }
 }
 
-// Applies the slot update at word `at`; returns where the next one starts.
+// Applies the slot update at word `at` and returns where the next one begins.
 int64_t apply_slot_update(const StepWords& step, int64_t at, const Slots& slots) {
   constexpr int64_t kHead = int64_t{kSlotUpdateWords} + kSlotHeaderWords;
   PLAN_CHECK(at + kHead <= step.num_words, "slot update beyond the buffer");
@@ -164,7 +165,7 @@ void apply_updates(const StepWords& step, const Slots& slots) {
   }
 }
 
-// Positions and KV slots of a row's `query_len` tokens from position `start` on.
+// Fills in the positions and KV slots of a row's query_len tokens from position `start` on.
 void fill_positions(const Slots& slots, int64_t slot, int64_t start, int64_t query_len,
                     int32_t* positions, int64_t* slot_mapping) {
   const int32_t* blocks = slots.block_table.ptr<int32_t>() + slot * slots.block_table.stride(0);
@@ -176,7 +177,7 @@ void fill_positions(const Slots& slots, int64_t slot, int64_t start, int64_t que
   }
 }
 
-// Plans one row whose first token is token `begin` of the step; returns its query length.
+// Plans one row whose first token is token `begin` of the step. Returns its query length.
 int64_t plan_row(const StepWords& step, int64_t r, int64_t begin, const Slots& slots,
                  const Plan& plan) {
   const int32_t* row = step.words + step.header(kHeaderRowsOffset) + r * kRowWords;

@@ -1,10 +1,11 @@
-// rope_write_kv: rotary embedding (Su et al. 2021, NeoX halves), per-head RMSNorm of q and k before
-// it where a weight is given, a factor for q by its position, and the write of k and v to the paged
-// KV cache.
+// rope_write_kv on a CPU: rotary embedding of q and k (Su et al. 2021; the elements i and i +
+// rotary_dim / 2 are rotated together), and the write of k and v to the paged KV cache. Where norm
+// weights are given, each head of q and k goes through an RMSNorm first; where q_scales are given,
+// q is multiplied by that of its position afterwards. float32 or bfloat16.
 //   qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] = q | k | v; q is written in place
 //   cos_sin float32 [max_position, rotary_dim] = cosines | sines
 // Tokens are split over threads. A head is normed and rotated in a float32 buffer on the stack and
-// rounded once. Positions and KV slots are checked before anything is written.
+// rounded once. All positions and KV slots are checked before anything is written.
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>

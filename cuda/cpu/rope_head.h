@@ -1,4 +1,4 @@
-// A head, or a latent, in float32 on its way from an activation to a cache: normed, rotated,
+// A head, or a latent, in float32 on its way from an activation to a cache: normed, rotated and
 // rounded.
 #pragma once
 
@@ -14,7 +14,7 @@ namespace pyserve {
 
 constexpr int64_t kMaxHead = std::max(kMaxHeadDim, kMaxLatentSize);
 
-// One head in float32; the buffer has room for a whole last vector.
+// One head in float32. The buffer has room for a whole last vector.
 struct Head {
   alignas(64) float x[kMaxHead + kLanes];
 };
@@ -31,7 +31,8 @@ void norm_head(const T* weight, float offset, float eps, int64_t n, Head& head) 
   Vec squares = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) squares = fma(load(head.x + i), load(head.x + i), squares);
-  if (i < n) squares = fma(load(head.x + i), load(head.x + i), squares);  // zeros behind the end
+  // The buffer has zeros behind the end.
+  if (i < n) squares = fma(load(head.x + i), load(head.x + i), squares);
   const float factor = 1.0f / std::sqrt(sum(squares) / static_cast<float>(n) + eps);
   for (i = 0; i + kLanes <= n; i += kLanes) {
     store(head.x + i, load(head.x + i) * factor * (load(weight + i) + offset));
@@ -64,7 +65,8 @@ void store_head(const Head& head, int64_t n, T* out) {
   if (i < n) store_first(out + i, load(head.x + i), n - i);
 }
 
-// Positions must be in the table of cosines and sines, KV slots in the cache, or -1.
+// Checks that positions are in the table of cosines and sines, and that KV slots are in the cache
+// or -1.
 inline void check_ranges(const View& positions, const View& slot_mapping, int64_t max_position,
                          int64_t num_kv_slots) {
   for (int64_t i = 0; i < positions.size(0); ++i) {

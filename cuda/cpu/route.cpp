@@ -1,9 +1,10 @@
-// route: which experts each token goes to and with what weights, and the tokens in the order of
-// their experts.
+// route on a CPU: which experts each token goes to and with what weights, and the tokens sorted by
+// expert. x and router are float32 or bfloat16.
 //
-// A token's logits are float32 sums by linear_rows.h, its scores float32. Of equal choices the lower
-// expert is taken; a NaN counts as the least. Assignments of one expert stand in the order of the
-// tokens: what is added up of them, and in which order, follows from the input alone.
+// A token's logits are float32 sums by linear_rows.h, and its scores are float32. Among equal
+// choices the lower expert is taken; a NaN counts as the least. The assignments of an expert are in
+// the order of the tokens, so what is added up of them, and in which order, depends on the input
+// alone.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -22,11 +23,11 @@ namespace pyserve {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kSumEps = 1e-20f;  // beside a sum of sigmoids, which may be 0, as DeepSeek-V3 has it
+constexpr float kSumEps = 1e-20f;  // added to a sum of sigmoids, which may be 0, as in DeepSeek-V3
 
-// Of a token on its way: of each expert, of each group.
+// Working memory for one token: values per expert and per group.
 struct Room {
-  std::vector<float> logits;  // whole vectors
+  std::vector<float> logits;  // rounded up to whole vectors
   std::vector<float> scores, choices, group_choices;
   std::vector<char> is_taken;
 
@@ -67,7 +68,8 @@ void compute_scores(const RouteArgs& args, const float* logits, float* scores) {
   for (int64_t i = 0; i < n; ++i) scores[i] /= sum;
 }
 
-// fn(index) of the `count` largest of values[0, n), in that order, of equal ones the first.
+// Calls fn(index) for the `count` largest of values[0, n), largest first, the lowest index first
+// among equal ones.
 template <class Fn>
 void take_largest(const float* values, int64_t n, int64_t count, std::vector<char>& is_taken,
                   const Fn& fn) {
@@ -82,7 +84,8 @@ void take_largest(const float* values, int64_t n, int64_t count, std::vector<cha
   }
 }
 
-// What a group of experts is chosen by: the largest of them, or of sigmoids the two largest.
+// The number by which a group of experts is chosen: its largest choice or, with sigmoids, the sum
+// of the two largest.
 float group_choice(const float* choices, int64_t n, bool is_sigmoid) {
   float first = -kInfinity, second = -kInfinity;
   for (int64_t i = 0; i < n; ++i) {
@@ -92,7 +95,7 @@ float group_choice(const float* choices, int64_t n, bool is_sigmoid) {
   return is_sigmoid && n > 1 ? first + second : first;
 }
 
-// What experts are chosen by; -inf in groups that are not.
+// Computes the numbers by which experts are chosen; -inf in groups that are not chosen.
 void compute_choices(const RouteArgs& args, Room& room) {
   const RouteRule& rule = args.rule;
   const int64_t n = args.num_experts(), size = n / rule.num_groups;
@@ -112,8 +115,8 @@ void compute_choices(const RouteArgs& args, Room& room) {
   }
 }
 
-// Leaves the token's experts in its row of places, its logits, and the weights; of padding experts
-// are -1 and weights 0.
+// Stores the token's logits, its experts (in its row of places) and its weights. For padding,
+// experts are -1 and weights 0.
 template <class T>
 void route_token(const RouteArgs& args, int64_t token, Room& room) {
   compute_logits<T>(args, token, room.logits.data());
@@ -141,8 +144,8 @@ void route_token(const RouteArgs& args, int64_t token, Room& room) {
   if (args.has_shared_gate()) weights[j] = sigmoid(room.logits[args.num_experts()]);
 }
 
-// Of each token's experts, in places: the order, where each expert's part of it begins, and in
-// places each assignment's place in it.
+// Given each token's experts in places: computes the order and where each expert's part of it
+// begins, and replaces each expert in places by the assignment's place in the order.
 void sort_by_expert(const RouteArgs& args) {
   const int64_t num_tokens = args.num_tokens(), top_k = args.top_k();
   auto* offsets = args.offsets.ptr<int32_t>();

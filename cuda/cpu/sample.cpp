@@ -1,16 +1,19 @@
-// sample: one token per row of logits [num_samples, vocab_size] by the parameters of its slot.
+// sample on a CPU: draws one token per row of logits [num_samples, vocab_size], float32 or
+// bfloat16, by the sampling parameters in the row's slot, in this order:
 //   logit bias -> ban of stop ids -> repetition, frequency, presence penalty -> temperature ->
 //   top-k -> min-p -> top-p -> draw
 //
-// The twin in pyserve/ops/reference.py is followed bit for bit. A token's weight is
-// round(exp((logit - max) / temperature) * 2^34), computed without fused operations; weights are
-// integers whose sums are exact in float64, so that neither the order of a sum nor the number of
-// threads nor the batch can change a result. top-k keeps the largest logits, top-p and min-p the
-// largest weights, each the lowest ids of equal ones. The draw is one Philox4x32-10 number, key
-// (seed), counter (position, sample index), as inverse CDF over the survivors in order of ids.
+// It follows the twin in pyserve/ops/reference.py bit for bit. A token's weight is round(exp((logit
+// - max) / temperature) * 2^34), computed without fused operations. Weights are integers whose sums
+// are exact in float64, so the result depends neither on the order of a sum, nor on the number of
+// threads, nor on the batch. top-k keeps the largest logits, top-p and min-p the largest weights,
+// and of equal ones each keeps the lowest ids. The draw is one Philox4x32-10 number with key (seed)
+// and counter (position, sample index), by which the CDF of the survivors, in the order of ids, is
+// inverted.
 //
-// Nothing is sorted: a threshold is found by bisection over the bits of a float, each step one
-// vectorised pass, over candidates that a cheap bound has picked beforehand. Rows go to threads.
+// Nothing is sorted. A threshold is found by bisection over the bits of a float; each step is one
+// vectorised pass over candidates that a cheap bound has selected before. Rows are split over
+// threads.
 #include <torch/csrc/stable/library.h>
 
 #include <bit>
@@ -28,9 +31,9 @@ namespace pyserve {
 namespace {
 
 constexpr const char* kOp = "sample";
-constexpr float kGreedyTemperature = 1e-5f;  // below it a row is greedy
+constexpr float kGreedyTemperature = 1e-5f;  // a row with a lower temperature is greedy
 constexpr int kWeightBits = 34;
-constexpr int64_t kChunk = 4 * kLanes;  // tokens behind one partial sum of the draw
+constexpr int64_t kChunk = 4 * kLanes;  // tokens per partial sum of the draw
 
 struct Slot {
   int32_t* words;
@@ -39,7 +42,7 @@ struct Slot {
   float real(int word) const { return std::bit_cast<float>(words[word]); }
 };
 
-// Memory that only grows; growing drops what it held.
+// Memory that only grows. Growing it loses the content.
 template <class T>
 class Buffer {
  public:
@@ -56,14 +59,14 @@ class Buffer {
   int64_t capacity_ = 0;
 };
 
-// Buffers of one thread, kept between calls.
+// The buffers of one thread, kept between calls.
 struct Scratch {
   Buffer<float> logits, maxima, values, weights;
   Buffer<double> mass;
   Buffer<int32_t> ids;
 };
 
-// Tokens that may still be drawn, in order of their ids; ids null: token i is i.
+// Tokens that may still be drawn, in the order of their ids. If ids is null, token i has index i.
 struct Survivors {
   const int32_t* ids;
   const float* weights;
@@ -72,7 +75,7 @@ struct Survivors {
 
 // ---- logits -------------------------------------------------------------------------------------
 
-// The largest logit; NaN where one is NaN or +inf.
+// The largest logit; NaN if any is NaN or +inf.
 float scan(const float* logits, int64_t n) {
   Vec largest = splat(-INFINITY);
   IntVec bad = {};
@@ -126,10 +129,10 @@ void apply_penalties(const Slot& slot, const int16_t* counts, int64_t n, float* 
 
 struct Logits {
   const float* values;
-  float largest;  // NaN where one is NaN or +inf
+  float largest;  // NaN if any is NaN or +inf
 };
 
-// The row's logits as float32 after bias, ban and penalties.
+// The row's logits as float32, after bias, ban and penalties.
 template <class T>
 Logits adjusted_logits(const T* logits, int64_t n, const Slot& slot, const int16_t* counts,
                        Scratch& scratch) {
@@ -155,7 +158,7 @@ Logits adjusted_logits(const T* logits, int64_t n, const Slot& slot, const int16
   return {out, scan(out, n)};
 }
 
-// The index of the first element that is `value`; there is one.
+// The index of the first element equal to `value`, which must exist.
 int64_t index_of(const float* x, int64_t n, float value) {
   int64_t i = 0;
   while (i + kChunk <= n) {
@@ -170,7 +173,7 @@ int64_t index_of(const float* x, int64_t n, float value) {
 
 // ---- weights ------------------------------------------------------------------------------------
 
-// round(exp(x) * 2^34), x <= 0; the order of operations is the specification, nothing is fused.
+// round(exp(x) * 2^34) for x <= 0. The order of operations is the specification, and none is fused.
 inline Vec quantized_exp(Vec x) {
   constexpr float kCoefficients[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                                      4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
@@ -181,16 +184,16 @@ inline Vec quantized_exp(Vec x) {
   Vec p = splat(kCoefficients[0]);
   for (int i = 1; i < 6; ++i) p = p * r + kCoefficients[i];
   const Vec y = ((p * (r * r) + r) + 1.0f) * pow2_of_shifted(shifted + float{kWeightBits});
-  // Adding 2^23 rounds what is below it; from there on a float is an integer already.
+  // Adding 2^23 rounds smaller numbers to integers; larger floats are integers already.
   return y < 0x1p23f ? (y + 0x1p23f) - 0x1p23f : y;
 }
 
-// As many floats as doubles fill a register.
+// Vectors of as many floats as a register holds doubles.
 using ShortVec = float __attribute__((vector_size(kLanes * 2)));
 using DoubleVec = double __attribute__((vector_size(kLanes * 4)));
 constexpr int kDoubles = kLanes / 2;
 
-// Sum of the weights that are >= threshold; n is a multiple of kLanes.
+// The sum of the weights that are >= threshold. n is a multiple of kLanes.
 double mass_from(const float* weights, int64_t n, float threshold) {
   DoubleVec mass[2] = {};
   for (int64_t i = 0; i < n; i += kLanes) {
@@ -206,8 +209,8 @@ double mass_from(const float* weights, int64_t n, float threshold) {
   return total;
 }
 
-// Weights of n logits, those below min_weight as 0. `out` has room for whole vectors; what lies
-// behind n is written as 0.
+// The weights of n logits, with those below min_weight set to 0. `out` has room for whole vectors
+// and is filled up with 0 behind n.
 void weigh(const float* logits, int64_t n, float largest, const Slot& slot, float* out) {
   const float factor = 1.0f / slot.real(kSlotTemperature);
   const float min_weight =
@@ -224,7 +227,7 @@ int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // ---- selection ----------------------------------------------------------------------------------
 
-// Floats in the order of their values as integers.
+// The key of a float: integers in the order of the floats' values.
 inline int32_t to_ordered(float x) {
   const auto bits = std::bit_cast<int32_t>(x);
   return bits ^ ((bits >> 31) & 0x7fffffff);
@@ -232,7 +235,7 @@ inline int32_t to_ordered(float x) {
 
 inline float from_ordered(int32_t i) { return std::bit_cast<float>(i ^ ((i >> 31) & 0x7fffffff)); }
 
-// How many of n values are >= threshold; n is a multiple of kLanes.
+// How many of n values are >= threshold. n is a multiple of kLanes.
 int64_t count_from(const float* values, int64_t n, float threshold) {
   IntVec count = {};
   for (int64_t i = 0; i < n; i += kLanes) count -= load(values + i) >= threshold;
@@ -241,8 +244,8 @@ int64_t count_from(const float* values, int64_t n, float threshold) {
   return total;
 }
 
-// A float t in [low, high] with amount(t) >= target, the largest such or one whose amount is at
-// most target + slack. amount falls as t grows, and amount(low) >= target.
+// A float t in [low, high] with amount(t) >= target: the largest such t, or any one whose amount is
+// at most target + slack. amount(t) must fall as t grows, and amount(low) >= target.
 template <class Amount>
 float find_threshold(float low, float high, double target, double slack, const Amount& amount) {
   int64_t good = to_ordered(low), end = int64_t{to_ordered(high)} + 1;
@@ -255,7 +258,7 @@ float find_threshold(float low, float high, double target, double slack, const A
   return from_ordered(static_cast<int32_t>(good));
 }
 
-// Calls take(i) for all i with x[i] >= bound, in order, and for some others.
+// Calls take(i) for all i with x[i] >= bound, in order, and for some other i as well.
 template <class Take>
 void visit_from(const float* x, int64_t n, float bound, const Take& take) {
   int64_t i = 0;
@@ -268,7 +271,8 @@ void visit_from(const float* x, int64_t n, float bound, const Take& take) {
   for (; i < n; ++i) take(i);
 }
 
-// A bound not above the k-th largest of n logits: the k-th largest of maxima over disjoint parts.
+// A bound that is not above the k-th largest of n logits: the k-th largest, or hardly less, of
+// maxima over disjoint parts.
 float top_k_bound(const float* logits, int64_t n, int64_t k, float largest, Scratch& scratch) {
   const int64_t depth = std::clamp<int64_t>(n / (4 * k), 1, 64);
   const int64_t num_parts = n / (depth * kLanes) * kLanes;
@@ -286,8 +290,9 @@ float top_k_bound(const float* logits, int64_t n, int64_t k, float largest, Scra
   });
 }
 
-// The k largest logits in order of their ids, the lowest ids of equal ones: into scratch.values and
-// scratch.ids, both with room for whole vectors. Returns how many.
+// Keeps the k largest logits in the order of their ids, and of equal ones those with the lowest
+// ids, in scratch.values and scratch.ids, which have room for whole vectors. Returns how many were
+// kept.
 int64_t keep_top_k(const float* logits, int64_t n, int64_t k, float largest, Scratch& scratch) {
   const float bound = top_k_bound(logits, n, k, largest, scratch);
   float* values = scratch.values.get(padded(n) + kLanes);
@@ -316,9 +321,9 @@ int64_t keep_top_k(const float* logits, int64_t n, int64_t k, float largest, Scr
 }
 
 // Keeps the smallest set of the largest weights whose mass reaches top_p * total. The survivors'
-// arrays move to scratch.values and scratch.ids.
+// arrays are then in scratch.values and scratch.ids.
 Survivors keep_top_p(const Survivors& in, float top_p, Scratch& scratch) {
-  // Peaked rows reach the mass with few tokens: candidates are those above a coarse bound.
+  // In peaked rows few tokens reach the mass, so candidates are first selected by a coarse bound.
   const double target = double{top_p} * mass_from(in.weights, padded(in.n), 1.0f);
   float bound = 1.0f;
   for (const float candidate : {0x1p30f, 0x1p26f, 0x1p20f}) {
@@ -356,7 +361,7 @@ Survivors keep_top_p(const Survivors& in, float top_p, Scratch& scratch) {
 
 // ---- draw ---------------------------------------------------------------------------------------
 
-// floor(u / 2^64 * total) for a 64-bit random u and an integer total below 2^53.
+// floor(u / 2^64 * total) for a random 64-bit u and an integer total below 2^53.
 double draw_below(const Slot& slot, double total) {
   const PhiloxWords random =
       philox4x32({{static_cast<uint32_t>(slot.integer(kSlotNumComputed)),
@@ -368,7 +373,8 @@ double draw_below(const Slot& slot, double total) {
       (static_cast<unsigned __int128>(u) * static_cast<uint64_t>(total)) >> 64));
 }
 
-// The first survivor at which the running sum of weights exceeds the number drawn; -1 without any.
+// The first survivor at which the running sum of weights exceeds the drawn number; -1 if there is
+// no survivor.
 int64_t draw(const Survivors& in, const Slot& slot, Scratch& scratch) {
   const int64_t num_chunks = (in.n + kChunk - 1) / kChunk;
   double* masses = scratch.mass.get(num_chunks);
@@ -443,7 +449,8 @@ void sample_rows(const SampleArgs& args) {
       int16_t* counts = token_counts.ptr<int16_t>() + slot_id * token_counts.stride(0);
       result = static_cast<int32_t>(
           sample_row(logits.ptr<T>() + row * logits.stride(0), vocab_size, slot, counts));
-      // A failed row leaves a token that is in range: its next step may be queued already.
+      // A failed row leaves a token that is in range, because the row's next step may be queued
+      // already.
       slot.words[kSlotLastToken] = std::max(result, 0);
       if (result >= 0 && slot.integer(kSlotHasPenalties) != 0 &&
           (counts[result] & kMaxTokenCount) != kMaxTokenCount) {

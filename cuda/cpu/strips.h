@@ -1,18 +1,18 @@
-// Products of few rows of x with matrices that are stored in a way of their own: of one matrix, or of
-// each expert's rows with its own. The work is to stream the matrices once, as fast as memory gives
-// them: threads split the strips of 16 rows.
+// Products of few rows of x with matrices that are stored in a packed format of their own: with one
+// matrix, or of each expert's rows with that expert's matrix. The work is to stream the matrices
+// once, as fast as memory delivers them. Threads split the strips of 16 rows.
 //
-// What a Strips type says of how matrices are stored, and how a strip is multiplied:
-//   X                               of x as it is read
-//   row_size()                      elements X of a row of x
-//   arrange(x, to)                  a row of x, as it is read
-//   cost(m)                         nanoseconds of a strip by m rows of x
+// A Strips class says how a format is stored and how a strip of it is multiplied:
+//   X                               element type of x in the order in which it is read
+//   row_size()                      number of X in a row of x
+//   arrange(x, to)                  copies a row of x into that order
+//   cost(m)                         nanoseconds for a strip and m rows of x
 //   multiply<kTokens>(index, strip, x, x_stride, totals)
-//                                   totals[t][r]: vectors of partial sums, of row t of x by row r of
-//                                   the strip of matrix `index`
-//   num_strips()                    of each matrix
-// Numerics: the lanes of a total are added as a tree, then come the norm's factor, the bias, the
-// epilogue, and one rounding. What else is in a batch never changes a row.
+//                                   totals[t][r] = a vector of partial sums, of row t of x by row
+//                                   r of the strip of matrix `index`
+//   num_strips()                    strips of each matrix
+// Numerics: the lanes of a total are added as a tree; then come the norm's factor, the bias, the
+// epilogue, and one rounding. A row's result never depends on what else is in a batch.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +29,7 @@
 namespace pyserve {
 namespace {
 
-// Rows [begin, begin + m) of x and out, by matrix `index`.
+// Rows [begin, begin + m) of x and out, which use matrix `index`.
 struct StripGroup {
   int64_t index, begin, m;
 };
@@ -40,11 +40,11 @@ struct StripOut {
   int64_t stride;
   int64_t n;                       // rows of a matrix
   const T* bias = nullptr;         // may be null
-  const float* factors = nullptr;  // of the sums of each row of x; may be null
-  bool is_adding = false;          // to what stands in out
-  float* sums = nullptr;           // [m, n], which are the results then, with their bias; may be null
+  const float* factors = nullptr;  // factors of the sums of each row of x; may be null
+  bool is_adding = false;          // whether results are added to out
+  float* sums = nullptr;           // [m, n]: if not null, takes the sums with bias in place of out
 
-  // Of kTokens rows of x from t on, by a strip.
+  // Finishes kTokens rows of x from t on, for one strip.
   template <int kTokens>
   void put(int64_t t, int64_t strip, Vec (&totals)[kTokens][kStripRows]) const {
     const int64_t row = strip * kStripRows;
@@ -70,7 +70,7 @@ struct StripOut {
   }
 };
 
-// A strip by all rows of a group, whose first one is at x.
+// Multiplies a strip by all rows of a group; x points to the group's first row.
 template <class Strips, class T>
 void multiply_strip(const Strips& strips, const StripGroup& group, int64_t strip,
                     const typename Strips::X* x, const StripOut<T>& out) {
@@ -89,7 +89,8 @@ void multiply_strip(const Strips& strips, const StripGroup& group, int64_t strip
   if (t < group.m) rows.template operator()<1>(t);
 }
 
-// row_of(t) is where row t of x lies.
+// Arranges all rows of x and multiplies every group by its matrix. row_of(t) is where row t of x
+// lies.
 template <class Strips, class T, class RowOf>
 void multiply_groups(const Strips& strips, const std::vector<StripGroup>& groups, int64_t num_rows,
                      const RowOf& row_of, const StripOut<T>& out) {
@@ -115,7 +116,7 @@ void multiply_groups(const Strips& strips, const std::vector<StripGroup>& groups
   });
 }
 
-// out = silu(gate) * up of sums [m, 2 n].
+// out = silu(gate) * up, with sums [m, 2 n] = gate | up.
 template <class T>
 void activate(const View& out, int64_t m, const float* sums) {
   const int64_t n = out.size(1);
@@ -132,7 +133,7 @@ void activate(const View& out, int64_t m, const float* sums) {
   });
 }
 
-// A linear and its epilogue; `weight_rows` are those of the matrix.
+// A linear with its epilogue.
 template <class T, class Strips>
 void linear_by_strips(const Strips& strips, const LinearArgs& args, Epilogue epilogue, double eps) {
   const int64_t m = args.m(), weight_rows = args.n() * rows_per_column(epilogue);
@@ -153,7 +154,7 @@ void linear_by_strips(const Strips& strips, const LinearArgs& args, Epilogue epi
   if (args.norm_weight != nullptr) scale_for_norm<T>(args);
 }
 
-// Experts that have rows, each with those.
+// A group for each expert that has rows.
 inline std::vector<StripGroup> strip_groups(const GroupedArgs& args) {
   check_groups(args);
   const auto* offsets = args.offsets.ptr<int32_t>();
@@ -165,7 +166,7 @@ inline std::vector<StripGroup> strip_groups(const GroupedArgs& args) {
   return groups;
 }
 
-// The linears of experts, and their epilogue.
+// The linears of all experts, with their epilogue.
 template <class T, class Strips>
 void grouped_by_strips(const Strips& strips, const GroupedEpilogueArgs& args) {
   const std::vector<StripGroup> groups = strip_groups(args);

@@ -1,8 +1,9 @@
-// Vectors of floats for the CPU ops: compiler vector extensions, so that one source serves AVX-512,
-// AVX2, NEON and plain SSE2. bfloat16 is converted by shifts; all arithmetic is float32.
+// Vectors of floats for the CPU ops. They use the compiler's vector extensions, so that one source
+// serves AVX-512, AVX2, NEON and plain SSE2. bfloat16 is converted by shifts; all arithmetic is
+// float32.
 //
-// The build forbids the compiler to fuse a * b + c by itself (-ffp-contract=off): what is fused
-// says `fma`, and the sampler, whose results are specified bit for bit, never does.
+// The build forbids the compiler to fuse a * b + c on its own (-ffp-contract=off). Fused operations
+// are written as `fma`; the sampler, whose results are specified bit for bit, has none.
 #pragma once
 
 #include <bit>
@@ -46,10 +47,10 @@ inline Vec load(const float* p) {
   return v;
 }
 
-// The compiler's own conversion takes three instructions, where the CPU has a single one.
+// The compiler's own conversion takes three instructions even where the CPU has a single one.
 inline UintVec widen(HalfVec half) {
 #if defined(__AVX512F__)
-  // The masked form: the plain one has a warning of its own in gcc 12.
+  // The masked form is used because gcc 12 gives a warning inside the plain one.
   return std::bit_cast<UintVec>(_mm512_maskz_cvtepu16_epi32(0xffff, std::bit_cast<__m256i>(half)));
 #elif defined(__AVX2__)
   return std::bit_cast<UintVec>(_mm256_cvtepu16_epi32(std::bit_cast<__m128i>(half)));
@@ -66,7 +67,8 @@ inline Vec load(const Bf16* p) {
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-// bfloat16 bits in the lower halves; rounds to nearest, ties to even; a NaN stays one.
+// The bfloat16 bits of each lane, in its lower half. Rounds to nearest, ties to even; a NaN stays a
+// NaN.
 inline UintVec round_to_bf16(Vec v) {
   const UintVec bits = std::bit_cast<UintVec>(v);
   const UintVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -79,9 +81,9 @@ inline void store(Bf16* p, Vec v) {
   std::memcpy(p, &half, sizeof half);
 }
 
-// 2 * kLanes elements in the order that is cheapest for T: floats as they lie, bfloat16 the even
-// ones in a and the odd ones in b. For what does not depend on the order of a row's elements, such
-// as a dot product with a row that was loaded in the same way.
+// Loads 2 * kLanes elements in the order that is cheapest for T: floats as they lie, of bfloat16
+// the even ones in a and the odd ones in b. It is for computations that do not depend on the order
+// of a row's elements, such as a dot product with a row that was loaded the same way.
 inline void load_pair(const float* p, Vec& a, Vec& b) {
   a = load(p);
   b = load(p + kLanes);
@@ -104,7 +106,7 @@ inline void store_pair(Bf16* p, Vec a, Vec b) {
   std::memcpy(p, &words, sizeof words);
 }
 
-// The first n < kLanes elements; the rest reads as 0 and is not written.
+// Only the first n < kLanes elements: the others read as 0 and are not written.
 template <class T>
 Vec load_first(const T* p, int64_t n) {
   T lanes[kLanes] = {};
@@ -136,7 +138,7 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
-// True where any lane is not 0.
+// Whether any lane is not 0.
 inline bool any(IntVec v) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask(std::bit_cast<__m512i>(v), std::bit_cast<__m512i>(v)) != 0;
@@ -147,7 +149,7 @@ inline bool any(IntVec v) {
 #endif
 }
 
-// Lane j of the result is lane j ^ kWidth.
+// Lane j of the result is lane j ^ kWidth of v.
 template <int kWidth, int... kLane>
 Vec swap_lanes(Vec v, std::integer_sequence<int, kLane...>) {
 #ifdef __clang__
@@ -157,7 +159,7 @@ Vec swap_lanes(Vec v, std::integer_sequence<int, kLane...>) {
 #endif
 }
 
-// All lanes combined by fn, halves first.
+// Combines all lanes by fn, halves first.
 template <int kWidth = kLanes / 2, class Fn>
 float reduce(Vec v, const Fn& fn) {
   v = fn(v, swap_lanes<kWidth>(v, std::make_integer_sequence<int, kLanes>{}));
@@ -176,8 +178,8 @@ inline float max(Vec v) {
   return reduce(v, [](Vec a, Vec b) { return max(a, b); });
 }
 
-// Lane j of the result takes, within each block of 2 * kWidth lanes, the lower (kUpper: the upper)
-// kWidth lanes of a and then those of b.
+// Within each block of 2 * kWidth lanes, the result takes the lower kWidth lanes of a and then
+// those of b; with kUpper, the upper ones.
 template <int kWidth, bool kUpper, int... kLane>
 Vec interleave(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
 #define PYSERVE_SOURCE_LANE                                                       \
@@ -196,7 +198,7 @@ Vec interleave(Vec a, Vec b) {
   return interleave<kWidth, kUpper>(a, b, std::make_integer_sequence<int, kLanes>{});
 }
 
-// Lane i of the result is the sum of the lanes of rows[i]; rows is overwritten.
+// Lane i of the result is the sum of the lanes of rows[i]. rows is overwritten.
 template <int kWidth = kLanes / 2>
 [[gnu::always_inline]] inline Vec sum_rows(Vec* rows) {
 #pragma GCC unroll 8
@@ -211,7 +213,7 @@ template <int kWidth = kLanes / 2>
   }
 }
 
-// Transposes the kLanes x kLanes matrix whose rows are given.
+// Transposes the kLanes x kLanes matrix with the given rows.
 template <int kWidth = kLanes / 2>
 [[gnu::always_inline]] inline void transpose(Vec* rows) {
 #pragma GCC unroll 16
@@ -224,20 +226,21 @@ template <int kWidth = kLanes / 2>
   if constexpr (kWidth > 1) transpose<kWidth / 2>(rows);
 }
 
-// Adding it rounds |x| < 2^22 to an integer, which is then in the low bits.
+// Adding this to x rounds x, if |x| < 2^22, to an integer, which is then in the low bits of the
+// sum.
 constexpr float kRoundShift = 12582912.0f;  // 1.5 * 2^23
 
-// 2^n from n + kRoundShift, -126 <= n <= 127.
+// 2^n, given n + kRoundShift with -126 <= n <= 127.
 inline Vec pow2_of_shifted(Vec shifted) {
   return std::bit_cast<Vec>((std::bit_cast<UintVec>(shifted) << 23) + (127u << 23));
 }
 
-// 2^x for x <= 127; 0 below -126; a NaN stays one. Relative error below 2e-7.
+// 2^x for x <= 127, and 0 below -126; a NaN stays a NaN. The relative error is below 2e-7.
 inline Vec exp2(Vec x) {
   const Vec clamped = x < -126.0f ? splat(-126.0f) : x;
   const Vec shifted = clamped + kRoundShift;
   const Vec f = clamped - (shifted - kRoundShift);
-  // Least maximum relative error of 2^f on [-1/2, 1/2] with p(0) = 1.
+  // The polynomial with the least maximum relative error for 2^f on [-1/2, 1/2] and p(0) = 1.
   Vec p = splat(1.3264727e-3f);
   p = fma(p, f, splat(9.6715129e-3f));
   p = fma(p, f, splat(5.5507337e-2f));
@@ -248,7 +251,8 @@ inline Vec exp2(Vec x) {
   return x < -126.0f ? Vec{} : p;
 }
 
-// e^x, relative error below 2e-7 for -87 <= x <= 88; x is clamped to that range, a NaN stays one.
+// e^x with a relative error below 2e-7 for -87 <= x <= 88. x is clamped to that range; a NaN stays
+// a NaN.
 inline Vec exp(Vec x) {
   Vec clamped = x < -87.0f ? splat(-87.0f) : x;
   clamped = clamped > 88.0f ? splat(88.0f) : clamped;
@@ -270,15 +274,15 @@ inline Vec exp(Vec x) {
 // silu(gate) * up (Shazeer 2020); exp has a relative error below 2e-7.
 inline Vec silu_mul(Vec gate, Vec up) { return gate / (1.0f + exp(-gate)) * up; }
 
-// gelu(gate) * up by the tanh approximation (Hendrycks and Gimpel 2016): x (1 + tanh(u)) / 2 is
-// x / (1 + e^(-2u)), where u = sqrt(2/pi) (x + 0.044715 x^3).
+// gelu(gate) * up with the tanh approximation of gelu (Hendrycks and Gimpel 2016). With u =
+// sqrt(2/pi) (x + 0.044715 x^3), x (1 + tanh(u)) / 2 equals x / (1 + e^(-2u)).
 inline Vec gelu_tanh_mul(Vec gate, Vec up) {
   const Vec twice_u = gate * fma(gate * gate, splat(0.0713548163f), splat(1.59576912f));
   return gate / (1.0f + exp(-twice_u)) * up;
 }
 
-// tanh(x), relative error below 3e-7: 1 - 2 / (e^2x + 1), or where that cancels the polynomial of the
-// Cephes library's tanhf (Moshier 1989).
+// tanh(x) with a relative error below 3e-7, as 1 - 2 / (e^2x + 1) or, near 0, where that would
+// cancel, by the polynomial of the Cephes library's tanhf (Moshier 1989).
 inline Vec tanh(Vec x) {
   const Vec square = x * x;
   Vec p = splat(-5.70498872745e-3f);
