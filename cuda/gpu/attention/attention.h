@@ -54,7 +54,6 @@ struct AttentionDevice {
   int32_t num_sms;
   int32_t decode_ctas_per_sm;  // 1 or 2
 };
-constexpr int kMaxDecodeCtasPerSm = 2;
 constexpr int kMaxDecodeRanges = 1024;
 
 constexpr AttentionDevice attention_device(const Device& device) {

@@ -62,6 +62,7 @@ struct GroupedParams {
   Epilogue epilogue;  // kStore or kSiluMul
 
   int weight_rows() const { return static_cast<int>(rows_per_column(epilogue)) * n; }
+  bool is_empty() const { return max_rows == 0 || n == 0 || num_experts == 0; }
   // The rows of an expert on average.
   int mean_rows() const { return max_rows / num_experts; }
 };

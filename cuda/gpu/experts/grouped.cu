@@ -46,7 +46,7 @@ cudaError_t launch_sort_rows(GroupedParams& p, cudaStream_t stream) {
 }
 
 cudaError_t launch_grouped(const GroupedParams& p, cudaStream_t stream) {
-  if (p.max_rows == 0 || p.n == 0) return cudaSuccess;
+  if (p.is_empty()) return cudaSuccess;
   const Device* device = nullptr;
   if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
   if constexpr (kHasSm90a) {

@@ -37,7 +37,7 @@ cudaError_t launch_as(const GroupedParams& p, const Fp8Scale& scale, int64_t sca
 
 cudaError_t launch_grouped_fp8(const GroupedParams& p, const Fp8Scale& scale, int64_t scale_stride,
                                cudaStream_t stream) {
-  if (p.max_rows == 0 || p.n == 0) return cudaSuccess;
+  if (p.is_empty()) return cudaSuccess;
   const Device* device = nullptr;
   if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
   return dispatch_half(p.dtype, [&]<class T>(T) {

@@ -19,12 +19,12 @@ static_assert(kGroupedW4Smem<Small<32>> + sizeof(WorkList) <= 99 * 1024);
 }  // namespace
 
 cudaError_t launch_grouped_w4a16(const GroupedParams& p, int64_t group_size, cudaStream_t stream) {
-  if (p.max_rows == 0 || p.n == 0 || p.num_experts == 0) return cudaSuccess;
+  if (p.is_empty()) return cudaSuccess;
   const Device* device = nullptr;
   if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
   if constexpr (kHasSm90a) {
     if (device->is_hopper()) {
-      const bool is_many = p.max_group > kMaxW4RowsSm90a && p.max_rows / p.num_experts >= kManyRows;
+      const bool is_many = p.max_group > kMaxW4RowsSm90a && p.mean_rows() >= kManyRows;
       if (is_many && can_gemm_grouped_w4a16_sm90a(p)) {
         GroupedParams sorted = p;
         const cudaError_t error = launch_sort_rows(sorted, stream);
