@@ -17,6 +17,7 @@ import os
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,15 +104,17 @@ class HostAdapters:
     async def load(self, name: str, root: str, *, is_reload: bool = False) -> None:
         _check_name(name)
         self._check_free(name, is_reload)
-        async with self._finding:
-            path = await asyncio.to_thread(self._find_folder, root)
+        path = await self._found(root)
         async with self._loading:
             self._check_free(name, is_reload)
             before = self._entries.get(name)
             is_kept = before is not None and before.adapter is not None
             # The version that is replaced stays until the new one has been read, so that a failed
             # load changes nothing. Meanwhile there may be one version more than the limit.
-            weights = await self._read(path, self._limit + is_kept)
+            try:
+                weights = await self._read(path, self._limit + is_kept)
+            except CheckpointError as error:
+                raise CheckpointError(_without_place(str(error), path)) from error
             if (before := self._entries.get(name)) is not None:
                 self._replace(before)
             self._put(_Entry(name, root, path), weights)
@@ -155,6 +158,12 @@ class HostAdapters:
         assert self._replaced <= self._num_holders.keys(), "a replaced version stays for nobody"
         shown = {it.adapter.version for it in self._entries.values() if it.adapter is not None}
         assert shown == self._kept.keys() - self._replaced
+
+    async def _found(self, root: str) -> Path:
+        is_here = os.path.isdir(os.path.expanduser(root))  # it need not wait for a download
+        async with nullcontext() if is_here else self._finding:
+            folder = await asyncio.to_thread(self._find_folder, root)
+        return folder.absolute()
 
     def _check_free(self, name: str, is_reload: bool) -> None:
         if name in self._entries and not is_reload:
@@ -244,6 +253,11 @@ class HostAdapters:
             return None
         path = self._folder / name
         return path if os.path.isfile(path / CONFIG_FILE) else None
+
+
+def _without_place(message: str, folder: Path) -> str:
+    """Which file of a folder is meant, not where it lies."""
+    return message.replace(f"{folder}/", "").replace(f"{folder}", "the folder")
 
 
 def _check_name(name: str) -> None:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,11 +20,12 @@ from pyserve.model_files import read_object
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 4 * 2**20
-MAX_PATTERNS = 16  # keys with * or + in a pattern; each of them is matched with every module's name
+MAX_RANK = 2**31 - 1
+MAX_ALPHA = 3.4e38  # the largest float32: the scale that follows from it is a float32
 MAX_PATTERN_CHARS = 500
 
 # Initialisations that leave the base model's weights unchanged.
-PLAIN_INITS = (True, False, "true", "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+PLAIN_INITS = (True, False, "true", "gaussian", "eva", "orthogonal", "mica")
 
 # field -> why an adapter with it is refused, unless it is null, false or empty
 REFUSED = {
@@ -55,12 +57,16 @@ _READ = frozenset({
     "init_lora_weights",
 })  # fmt: skip
 
-# Regular expressions from an untrusted file are matched with every module's name. To bound the time
-# of matching, * and + may follow only a single character or class, and at most MAX_REPEATED times.
+# Regular expressions from an untrusted file are matched with every module's name, and hold the
+# interpreter's lock meanwhile. To bound that time, * and + may follow only a single character or
+# class, at most twice, and the alternatives of a key may not multiply.
 _PLAIN_KEY = re.compile(r"[\w.-]+")
 _PATTERN_KEY = re.compile(r"(?:[\w.|()$^-]|\\[.dw]|(?:\.|\\[dw]|\[[\w-]+\])[*+]|\[[\w-]+\])+")
 _REPEATED = re.compile(r"[*+]")
+_GROUP_ENDS = re.compile(r"[()]")
 MAX_REPEATED = 2
+REPEATED_STEPS = 30  # how many characters of a name a repetition takes, one after another
+MAX_PATTERN_STEPS = 40_000  # of all keys of a pattern together on one name, by _num_steps
 
 V = TypeVar("V")
 
@@ -128,22 +134,24 @@ def _refuse(raw: Mapping[str, Any], path: Path) -> None:
     init = raw.get("init_lora_weights", True)
     if init is not None and not any(init is plain or init == plain for plain in PLAIN_INITS):
         raise CheckpointError(
-            f"{path}: init_lora_weights {_shown(init)} is not supported: it changes the weights of "
-            "the base model (as PiSSA, OLoRA, CorDA and LoftQ do), or is not known; PEFT's "
-            "path_initial_model_for_weight_conversion saves a plain adapter"
+            f"{path}: init_lora_weights {_shown(init)} is not supported: it changes the weights "
+            "of the base model (as PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ do), or is not known; "
+            "PEFT's path_initial_model_for_weight_conversion saves a plain adapter"
         )
 
 
 def _rank(value: Any, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
         raise CheckpointError(f"{where} must be a rank of at least 1, got {_shown(value)}")
     return value
 
 
 def _alpha(value: Any, where: str) -> float:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
-        raise CheckpointError(f"{where} must be a finite number, got {_shown(value)}")
+    if not is_number or not -MAX_ALPHA <= value <= MAX_ALPHA:  # which NaN is not
+        raise CheckpointError(
+            f"{where} must be a number in [-{MAX_ALPHA:g}, {MAX_ALPHA:g}], got {_shown(value)}"
+        )
     return float(value)
 
 
@@ -161,13 +169,13 @@ def _pattern(raw: Mapping[str, Any], name: str, read: Any, path: Path) -> dict[s
         return {}
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: {name} must be an object, got {_shown(value)}")
-    num_repeating = 0
     for key in value:
-        num_repeating += bool(_REPEATED.search(key))
         _check_key(key, f"{path}: {name}")
-    if num_repeating > MAX_PATTERNS:
+    num_steps = sum(map(_num_steps, value))
+    if num_steps > MAX_PATTERN_STEPS:
         raise CheckpointError(
-            f"{path}: {name} has {num_repeating} keys with * or +, the limit is {MAX_PATTERNS}"
+            f"{path}: {name} has too many keys with *, + or |, or too many of these in one: one "
+            f"name may take {num_steps} steps, the limit is {MAX_PATTERN_STEPS}"
         )
     return {key: read(item, f"{path}: {name}[{key}]") for key, item in value.items()}
 
@@ -191,15 +199,30 @@ def _check_key(key: str, where: str) -> None:
         )
 
 
+def _num_steps(key: str) -> int:
+    """How often a match may begin anew in a key, at most; 0: it is no expression."""
+    if _PLAIN_KEY.fullmatch(key):
+        return 0
+    num_ways = prod(1 + part.count("|") for part in _GROUP_ENDS.split(key))
+    return num_ways * REPEATED_STEPS ** len(_REPEATED.findall(key))
+
+
 def _first_match(pattern: Mapping[str, V], module: str, otherwise: V) -> V:
     """The value of the first key that matches the module's name, or its end behind a dot, as in
     PEFT; `otherwise` if none does."""
     for key, value in pattern.items():
-        if _PLAIN_KEY.fullmatch(key) and not (module == key or module.endswith(f".{key}")):
-            continue
-        if re.match(rf"(.*\.)?({key})$", module):
+        is_plain = _PLAIN_KEY.fullmatch(key) is not None
+        if _is_end(key, module) if is_plain else re.match(rf"(.*\.)?({key})$", module):
             return value
     return otherwise
+
+
+def _is_end(key: str, module: str) -> bool:
+    """What the match of a plain key says: thousands of expressions would be compiled anew for each
+    module. A dot is any character in it, too."""
+    begin = len(module) - len(key)
+    is_part = begin == 0 or (begin > 0 and module[begin - 1] == ".")
+    return is_part and all(a in (b, ".") for a, b in zip(key, module[begin:], strict=True))
 
 
 def _shown(value: object) -> str:

@@ -28,6 +28,8 @@ PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 BUFFER_BYTES = 4 * 2**20
 
 _PEFT_PREFIX = "base_model.model."
+_PREFIXES = ("model.", "language_model.")
+_MAX_PREFIXES = 3  # "model.language_model.model." has three; patterns run on what is in front
 # For example "model.layers.0.mlp.up_proj.lora_A.weight"; ".<adapter name>" may precede ".weight".
 _PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.[^.]+)?\.weight")
 # PEFT saves copies of the base model's embeddings if the vocabulary was resized; they are ignored.
@@ -133,9 +135,17 @@ def plain_module(name: str) -> str:
     text model within a multimodal one has "language_model." in its names.
     """
     name = name.removeprefix(_PEFT_PREFIX)
-    while name.startswith(("model.", "language_model.")):
-        name = name.partition(".")[2]
+    for _ in range(_MAX_PREFIXES):
+        if name.startswith(_PREFIXES):
+            name = name.partition(".")[2]
     return f"model.{name}"
+
+
+def _trained_name(saved: str, module: str) -> str:
+    """The module's name that PEFT matched its patterns with. A file without PEFT's prefix may hold
+    only the end of it."""
+    name = saved.removeprefix(_PEFT_PREFIX)
+    return name if name != saved or name.startswith(_PREFIXES) else module
 
 
 def _index(folder: Path, targets: Mapping[str, Target]) -> dict[str, _Stored]:
@@ -164,7 +174,7 @@ def _index(folder: Path, targets: Mapping[str, Target]) -> dict[str, _Stored]:
             other = sides[module, match["side"]]
             raise CheckpointError(f"{path}: {_shown(tensor)} and {_shown(other)} are of one module")
         sides[module, match["side"]] = tensor
-        names[module] = match["module"].removeprefix(_PEFT_PREFIX)
+        names[module] = _trained_name(match["module"], module)
     if not sides:
         raise CheckpointError(f"{path} holds no LoRA tensors")
     halves = [module for module in names if not {(module, "A"), (module, "B")} <= sides.keys()]

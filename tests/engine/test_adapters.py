@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,25 @@ async def test_an_adapter_that_cannot_be_read_again() -> None:
         await adapters.acquire("a")
     assert (await adapters.acquire("b")).weights == "b"
     adapters.check_invariants()
+
+
+@on_loop
+async def test_a_folder_does_not_wait_for_a_download() -> None:
+    may_end = threading.Event()
+
+    def find(root: str) -> Path:
+        if root == "org/slow":
+            assert may_end.wait(20)
+        return Path(root)
+
+    adapters = HostAdapters(Files(), limit=2, find=find)
+    slow = asyncio.create_task(adapters.load("slow", "org/slow"))
+    await until(adapters._finding.locked)
+    await adapters.load("here", "/")
+    assert not slow.done() and [it.name for it in adapters.served] == ["here"]
+    may_end.set()
+    await slow
+    assert adapters.num_kept == 2
 
 
 def test_a_folder_of_adapters(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pyserve.errors import CheckpointError
-from pyserve.model.adapter_config import MAX_PATTERNS, AdapterConfig
+from pyserve.model.adapter_config import AdapterConfig
 from pyserve.model.adapter_weights import AdapterWeights, Target, plain_module, read_adapter
 from tests.model import peft
 from tests.model.peft import CONFIG_FILE, PREFIX, WEIGHTS_FILE, write_adapter
@@ -98,7 +99,10 @@ def test_the_tensors_decide_which_modules_it_has(tmp_path: Path) -> None:
         ("rank_pattern", [4]), ("rank_pattern", {"q_proj": 0}), ("rank_pattern", {"(": 4}),
         ("alpha_pattern", {"q_proj": None}), ("alpha_pattern", {"(.*)*x": 4}),
         ("alpha_pattern", {".*.*.*q_proj": 4}), ("alpha_pattern", {"a" * 501: 4}),
-        ("alpha_pattern", {f".*{i}": 1 for i in range(MAX_PATTERNS + 1)}),
+        ("alpha_pattern", {f".*{i}.*": 1 for i in range(50)}),
+        ("alpha_pattern", {r"(\w|.)" * 30 + "x": 1}), ("alpha_pattern", {"q_proj": 10**400}),
+        ("init_lora_weights", "lora_ga"), ("r", 10**400), ("lora_alpha", 10**400),
+        ("lora_alpha", 1e300), ("lora_alpha", -1e39),
     ],
 )  # fmt: skip
 def test_fields_that_are_refused(tmp_path: Path, field: str, value: object) -> None:
@@ -210,8 +214,34 @@ def test_files_that_are_not_there_or_lie(tmp_path: Path) -> None:
 def test_names_of_modules() -> None:
     for name in ("layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj",
                  "base_model.model.model.layers.0.mlp.up_proj",
-                 "base_model.model.model.language_model.layers.0.mlp.up_proj"):  # fmt: skip
+                 "base_model.model.model.language_model.layers.0.mlp.up_proj",
+                 "base_model.model.language_model.model.layers.0.mlp.up_proj"):  # fmt: skip
         assert plain_module(name) == "model.layers.0.mlp.up_proj"
+    # However long a name is that a pattern runs on, it is no module's.
+    assert plain_module("model." * 50 + "layers.0.mlp.up_proj") != "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize("left_away", ["", PREFIX, f"{PREFIX}model."])
+def test_patterns_mean_the_names_that_were_trained(tmp_path: Path, left_away: str) -> None:
+    """Some tools leave away what PEFT puts before a module's name, but not in the patterns."""
+    write_adapter(
+        tmp_path, SHAPES, rank=8,
+        alpha_pattern={"model.layers.0.self_attn.q_proj": 24, r"^model\.layers\.1\..*": 40},
+    )  # fmt: skip
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    shortened = {name.removeprefix(left_away): tensor for name, tensor in tensors.items()}
+    save_file(shortened, tmp_path / WEIGHTS_FILE)
+    scales = [pair.scale for _, pair in sorted(read(tmp_path).pairs.items())]
+    assert scales == [2, 3, 5], "down_proj, then q_proj of both layers"
+
+
+def test_a_dot_of_a_name_is_any_character() -> None:
+    """As PEFT's keys are expressions: the quick way says what re does."""
+    module = "model.layers.0.self_attn.q_proj"
+    for key in ("q.proj", "q_proj", "proj", "attn.q_proj", ".q_proj", "layers.0.self.attn.q.proj",
+                module, f"x{module}", module.replace(".", "x"), "Q_proj", "......"):  # fmt: skip
+        expected = 2 if re.match(rf"(.*\.)?({key})$", module) else 1
+        assert AdapterConfig(1, 1, alpha_pattern={key: 2}).scale_of(module) == expected, key
 
 
 def test_an_expression_takes_bounded_time() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from aiohttp import web
 
 from pyserve.api.endpoints.body import Wire, ignored_header
@@ -30,16 +28,13 @@ async def load_adapter(request: web.Request) -> web.StreamResponse:
         raise InvalidRequestError(
             "is_3d_lora_weight is of experts, whose adapters are not supported", "is_3d_lora_weight"
         )
-    folder = os.path.expanduser(path)
     missing = f"No adapter found for `{name[:200]}` at {path[:200]!r}."
     if not path or "\0" in path:
         raise NotFoundError(missing, "lora_path")
     try:
         await adapters.load(name, path, is_reload=bool(body.load_inplace))
     except CheckpointError as error:
-        # Which file of the folder that the client has named, not where it lies.
-        message = str(error).replace(f"{folder.rstrip('/')}/", "").replace(folder, "the folder")
-        raise InvalidRequestError(f"`{name[:200]}`: {message}", "lora_path") from error
+        raise InvalidRequestError(f"`{name[:200]}`: {error}", "lora_path") from error
     except StartupError as error:  # no such folder, and nothing of that name on the hub
         get_logger().error("adapter %s: %s", name, error)
         raise NotFoundError(missing, "lora_path") from error

@@ -123,7 +123,9 @@ def test_load_and_unload(server: Server, store: HostAdapters, tmp_path: Path) ->
     assert server.request("POST", "/v1/completions", {"model": "code", "prompt": "hi"})[0] == 404
 
 
-def test_loads_that_are_refused(server: Server, store: HostAdapters, tmp_path: Path) -> None:
+def test_loads_that_are_refused(
+    server: Server, store: HostAdapters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "empty").mkdir()
 
     def refusal(status: int = 400, **fields: Any) -> dict[str, Any]:
@@ -138,6 +140,9 @@ def test_loads_that_are_refused(server: Server, store: HostAdapters, tmp_path: P
         assert refusal(404, lora_path=path)["param"] == "lora_path"
     error = refusal(lora_path=str(tmp_path / "empty"))
     assert error["message"] == "`x`: adapter_config.json: No such file"
+    monkeypatch.chdir(tmp_path / "empty")
+    for path in (".", "./", "../empty", f"{tmp_path}/./empty//"):
+        assert refusal(lora_path=path)["message"] == error["message"], path
     assert refusal(is_3d_lora_weight=True)["param"] == "is_3d_lora_weight"
     assert refusal(lora_path=None)["param"] == "lora_path"
     server.error(LOAD, {"lora_name": "x"})
@@ -147,7 +152,8 @@ def test_loads_that_are_refused(server: Server, store: HostAdapters, tmp_path: P
 def test_an_adapter_of_the_hub_keeps_its_name(
     server: Server, store: HostAdapters, tmp_path: Path
 ) -> None:
-    store._find_folder = lambda root: tmp_path / "of-3" if root == "org/sql" else find(root)
+    cached = {"org/sql": tmp_path / "of-3", "org/bad": tmp_path}
+    store._find_folder = lambda root: cached.get(root) or find(root)
     body = {"lora_name": "hub", "lora_path": "org/sql"}
     assert server.request("POST", LOAD, body)[0] == 200
     listed = json.loads(server.request("GET", "/v1/models/hub")[2])
@@ -157,6 +163,9 @@ def test_an_adapter_of_the_hub_keeps_its_name(
     assert used is not None and used.weights == "of-3"
     error = server.error(LOAD, {"lora_name": "none", "lora_path": "org/none"}, 404)
     assert error["message"] == "No adapter found for `none` at 'org/none'."
+    # Nor is it told where the cache lies.
+    error = server.error(LOAD, {"lora_name": "bad", "lora_path": "org/bad"})
+    assert error["message"] == "`bad`: adapter_config.json: No such file"
 
 
 def test_a_server_without_adapters(server: Server) -> None:
