@@ -24,6 +24,7 @@ from pyserve.config import (
     BatchConfig,
     EngineConfig,
     LaunchConfig,
+    Launched,
     ServerConfig,
     env,
     launched,
@@ -261,7 +262,10 @@ def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
         preload = Preload(is_card_wanted=args.device != "cpu")
         spawned: list[Spawned] = []
         try:
-            if launched() is None:
+            here = launched()
+            if here is not None:
+                _agree(args, here, preload)
+            else:
                 spawned += spawn(_engine_config(args, DEMO_MODEL).tensor_parallel_size)
             return _load(args, report, preload, spawned)
         except BaseException:
@@ -355,6 +359,18 @@ def _find_adapter(
     )  # fmt: skip
 
 
+def _agree(args: argparse.Namespace, here: Launched, preload: Preload) -> None:
+    """Where torchrun has started several ranks, see that all mean the same."""
+    if here.tp_size == 1:
+        return
+    preload.wait()
+    with collector.imports():
+        from pyserve.engine.tensor_parallel.launched import agree
+        from pyserve.ops.meeting import meeting
+
+    agree(_engine_config(args, DEMO_MODEL), meeting())
+
+
 def _follow(args: argparse.Namespace) -> int:
     """As one of the ranks that torchrun has started, which serves nobody by itself."""
     from pyserve.engine.preload import Preload
@@ -366,10 +382,13 @@ def _follow(args: argparse.Namespace) -> int:
 
     launch = _launch_config(args)
     model_path = DEMO_MODEL
+    preload = Preload(is_card_wanted=False)
+    here = launched()
+    assert here is not None
+    _agree(args, here, preload)
     if launch.model is not None:
-        preload = Preload(is_card_wanted=False)
         model_path = _resolve(args, report, preload, flag="--model", revision=launch.revision)
-        preload.end()
+    preload.end()
     config = _engine_config(args, model_path)
     model = ModelConfig.from_path(model_path, use=config.use)
     if model.pooling is not None and model.pooling.kind == "score":

@@ -203,8 +203,9 @@ def _num_steps(key: str) -> int:
     """How often a match may begin anew in a key, at most; 0: it is no expression."""
     if _PLAIN_KEY.fullmatch(key):
         return 0
-    num_ways = prod(1 + part.count("|") for part in _GROUP_ENDS.split(key))
-    return num_ways * REPEATED_STEPS ** len(_REPEATED.findall(key))
+    num_ways: int = prod(1 + part.count("|") for part in _GROUP_ENDS.split(key))
+    num_steps: int = num_ways * REPEATED_STEPS ** len(_REPEATED.findall(key))
+    return num_steps
 
 
 def _first_match(pattern: Mapping[str, V], module: str, otherwise: V) -> V:

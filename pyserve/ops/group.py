@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from pyserve import ops
 from pyserve.errors import DeviceError
+from pyserve.ops.meeting import meeting
 
 JOIN_S = 30.0  # time limit for all ranks to join
 # Time limit of a call, for a rank that hangs. A rank that has ended is noticed at once, because its
@@ -89,7 +90,10 @@ class ProcessGroup:
         called again. Raises DeviceError."""
         group = cls.__new__(cls)
         if not dist.is_initialized():
-            _meet(device)
+            here = meeting()
+            here.wait_all("groups")
+            _meet(device, store=here.store, rank=here.tp_rank, world_size=here.tp_size)
+            here.end()
         group.tp_rank, group.tp_size = dist.get_rank(), dist.get_world_size()
         group._is_launched = True
         return group

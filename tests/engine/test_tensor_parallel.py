@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import torch
+import torch.distributed as dist
 
 from bench.server_process import free_port
-from pyserve.config import EngineConfig, launched
+from pyserve.config import DEMO_MODEL, EngineConfig, launched
 from pyserve.engine import devices
 from pyserve.engine.batch import StepShape
-from pyserve.engine.tensor_parallel import calls, news, ring
+from pyserve.engine.tensor_parallel import calls, followers, news, ring
+from pyserve.engine.tensor_parallel import launched as launched_ranks
 from pyserve.engine.tensor_parallel.follower import _read_pairs
 from pyserve.engine.tensor_parallel.followers import Followers
+from pyserve.engine.tensor_parallel.launched import LaunchedFollowers, LaunchedLine, agree
+from pyserve.engine.tensor_parallel.ranks import Ranks
 from pyserve.engine.tensor_parallel.ring import Ring
 from pyserve.engine.tensor_parallel.spawned import is_stuck, spawn
 from pyserve.errors import ConfigError, DeviceError, StartupError
 from pyserve.flag_rows import LoraModule
 from pyserve.model.adapter_weights import AdapterWeights, Pair
+from pyserve.ops import meeting
+from pyserve.ops.meeting import Meeting
 from tests.waiting import wait_until
 
 SHAPE = StepShape(5, 3, 2, 4)
@@ -148,6 +161,48 @@ def test_a_leader_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def sleeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Followers]:
+    """A follower that never says or does anything."""
+    program = tmp_path / "sleeper"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(followers, "START_STUCK_S", 0.5)
+    monkeypatch.setattr(followers, "END_S", 0.1)
+    both = Followers(EngineConfig(model_path=tmp_path, device="cpu", tensor_parallel_size=2))
+    yield both
+    both.close()
+
+
+def test_a_follower_that_hangs_during_the_start_is_named(sleeper: Followers) -> None:
+    with pytest.raises(StartupError, match="rank 1 hangs: it does not run"):
+        sleeper.wait(news.Planned, 30)
+
+
+def test_nobody_waits_for_a_rank_that_ends_while_they_join(
+    sleeper: Followers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch does, for ten minutes: the process ends, as nothing else helps."""
+    codes: queue.SimpleQueue[int] = queue.SimpleQueue()
+    is_ended = threading.Event()
+
+    def end(code: int) -> None:
+        codes.put(code)
+        is_ended.set()
+
+    def join(*args: object) -> None:
+        sleeper._all[0].process.kill()
+        assert is_ended.wait(30)
+        raise DeviceError("here too")
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(followers, "join_group", join)
+    with pytest.raises(StartupError, match="rank 1 was ended by SIGKILL"):
+        sleeper.join(torch.device("cpu"))
+    assert codes.get(timeout=1) == 1
+
+
 def test_a_follower_that_does_not_come_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +290,95 @@ def test_what_torchrun_says_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "x")
     with pytest.raises(ConfigError, match="must be numbers"):
         launched()
+
+
+def meet(act: Callable[[Meeting], object], tp_rank: int, store: dist.Store) -> object:
+    """What `act` returns, or the text of what it raises."""
+    here = Meeting(store, tp_rank, 2)
+    try:
+        return act(here)
+    except StartupError as error:
+        return str(error)
+    finally:
+        here.end()
+
+
+def both(first: Callable[[Meeting], object], second: Callable[[Meeting], object]) -> list[object]:
+    """What two ranks come to."""
+    store = dist.HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(meet, (first, second), range(2), (store, store)))
+
+
+def test_ranks_of_torchrun_agree_before_they_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineConfig(model_path=DEMO_MODEL)
+    as_the_leader = partial(agree, config)
+    elsewhere = partial(agree, replace(config, model_path=Path("/mnt/model")))
+    assert both(as_the_leader, elsewhere) == [None, None], "each has its own folder"
+    otherwise = partial(agree, replace(config, dtype="float16"))
+    for said in both(as_the_leader, otherwise):
+        assert "rank 1 has --dtype float16, and rank 0 auto:" in str(said)
+
+
+def test_a_rank_is_waited_for_while_it_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch alone would wait for ten minutes for one that has gone, and no longer for one that
+    downloads."""
+    monkeypatch.setattr(meeting, "SILENT_S", 1.0)
+    monkeypatch.setattr(meeting, "BEAT_S", 0.05)
+
+    def arrive(here: Meeting) -> object:
+        return here.wait_all("groups", str(here.tp_rank))
+
+    def arrive_late(here: Meeting) -> object:
+        time.sleep(2.5)
+        return arrive(here)
+
+    assert both(arrive, arrive_late) == [[b"0", b"1"]] * 2
+    said, _ = both(arrive, lambda here: None)
+    assert "nothing was heard of rank 1 for 1 s" in str(said)
+
+
+def test_a_line_tells_of_the_end_and_of_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launched_ranks, "LINE_BEAT_S", 0.02)
+    monkeypatch.setattr(launched_ranks, "LINE_SILENT_S", 0.5)
+
+    def end_of(act: Callable[[LaunchedLine], object]) -> tuple[str, float]:
+        """What the leader sees, and after how long, where rank 1 acts and rank 2 lives."""
+        leader = object.__new__(LaunchedFollowers)
+        pairs = [socket.socketpair() for _ in range(2)]
+        leader.tp_size, leader._lines = 3, [ours for ours, _ in pairs]
+        began_s = time.monotonic()
+        with ThreadPoolExecutor(2) as pool, ExitStack() as stack:
+            for _, theirs in pairs:
+                line = object.__new__(LaunchedLine)
+                line._line = theirs
+                stack.callback(theirs.close)
+                pool.submit(act if theirs is pairs[0][1] else LaunchedLine._beat, line)
+            lost = leader._first_lost()
+            took_s = time.monotonic() - began_s
+            for ours in leader._lines:
+                ours.close()
+        return lost, took_s
+
+    assert end_of(lambda line: line._line.close())[0] == "rank 1 has gone"
+    lost, took_s = end_of(lambda line: None)
+    assert lost == "rank 1 hangs: silent for 0.5 s" and took_s >= 0.5
+
+
+class Strangers:
+    """Followers that have planned with another model."""
+
+    def wait(self, kind: type[news.Planned], timeout_s: float) -> list[news.Planned]:
+        return [kind(9, 64, "cpu", "another")]
+
+
+def test_ranks_with_another_model_are_refused() -> None:
+    ranks = Ranks(EngineConfig(model_path=DEMO_MODEL), torch.device("cpu"))
+    strangers: Any = Strangers()
+    ranks.followers = strangers
+    plan: Any = None
+    with pytest.raises(StartupError, match=r"the model of rank 1 is not that of rank 0 in /.*"):
+        ranks.join(plan)
 
 
 WAITS_FOR_A_CALL = """

@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 import torch
 
-from pyserve import __version__, allocator, collector, log
+from pyserve import allocator, collector, log
 from pyserve.client import Adapter
 from pyserve.config import EngineConfig, launched
 from pyserve.engine import devices
@@ -55,6 +55,7 @@ from pyserve.engine.tensor_parallel.ring import Ring
 from pyserve.errors import StartupError
 from pyserve.model.adapter_weights import AdapterWeights, Pair
 from pyserve.model.decoder import Decoder
+from pyserve.model.fingerprint import fingerprint
 from pyserve.ops import build
 from pyserve.ops.card_group import join_group
 from pyserve.ops.group import Group
@@ -181,7 +182,8 @@ def _follow(config: EngineConfig, line: Line) -> None:
     own = settle_start(config, tp_rank=line.tp_rank)
     plan = own.plan
     shown = devices.describe(own.device)
-    line.tell(Planned(plan.num_blocks, plan.max_model_len, shown, __version__))
+    model = fingerprint(config.model_path, has_weights=config.load_format != "dummy")
+    line.tell(Planned(plan.num_blocks, plan.max_model_len, shown, model))
     begin = line.begin()
     torch.set_num_threads(begin.num_threads)
     build.load_native(

@@ -49,6 +49,7 @@ CALL_BYTES = 2**18  # room in a message besides the packed step and the prompt r
 # A follower hangs if its heartbeat is missing: for STUCK_S where none of its threads is running or
 # runnable, for SILENT_S otherwise, as a busy machine may delay a thread for a second or two.
 STUCK_S, SILENT_S = 0.75, 5.0
+START_STUCK_S = 15.0  # the same as STUCK_S during the start, when loading may block for long
 OTHERS_S = 0.2  # a process's end may be noticed this much later than the errors it causes elsewhere
 END_S = 5.0  # how long `close` waits for followers to end by themselves
 
@@ -64,7 +65,7 @@ class _Follower:
         with suppress(OSError):  # it has ended already; _listen will notice
             socket.send_fds(self.sock, [encode(start)], [meeting])
         self.news: deque[News] = deque()
-        self.heard_s = time.monotonic()
+        self.heard_s = self.ran_s = time.monotonic()
 
 
 class Followers:
@@ -80,7 +81,7 @@ class Followers:
         self._changed = threading.Condition()
         self._lost: str | None = None
         self._on_lost: Callable[[str], object] | None = None
-        self._is_closing = False
+        self._is_closing = self._is_joining = False
         self._ring: Ring | None = None
         # Files of adapters that followers may not have opened yet. One step loads at most as many
         # adapters as there are slots, and its loads are sent only after the step before it has
@@ -96,8 +97,17 @@ class Followers:
         self._listening.start()
 
     def join(self, device: torch.device) -> Group:
-        """Join the process group as the leader; the followers join after they got `begin`."""
-        return join_group(path_of(self._meeting), LEADER, 1 + len(self._all), device)
+        """Join the process group as the leader; the followers join after they got `begin`.
+
+        Raises StartupError if one does not.
+        """
+        self._is_joining = True
+        try:
+            return join_group(path_of(self._meeting), LEADER, 1 + len(self._all), device)
+        except DeviceError as error:
+            raise StartupError(self.cause(error)) from error
+        finally:
+            self._is_joining = False
 
     def wait(self, kind: type[_Kind], timeout_s: float) -> list[_Kind]:
         """Wait for the next message, of type `kind`, of every follower; in the order of ranks.
@@ -218,7 +228,7 @@ class Followers:
                 now_s = time.monotonic()
                 if now_s - looked_s > 2 * BEAT_S:  # this process itself was stopped and heard none
                     for follower in self._all:
-                        follower.heard_s = now_s
+                        follower.heard_s = follower.ran_s = now_s
                 looked_s = now_s
                 for follower in ready:
                     self._hear(follower, now_s)
@@ -255,9 +265,17 @@ class Followers:
             time.sleep(0.005)
 
     def _look(self, now_s: float) -> None:
-        """Look for followers that hang. Only once `watch` was called: while loading, a follower may
-        hold the GIL for long and send no heartbeats."""
+        """Look for followers that hang.
+
+        Before `watch` was called heartbeats are not required, as loading may hold the GIL for long,
+        but a thread of the process has to be running or runnable now and then.
+        """
         if self._on_lost is None:
+            for follower in self._all:
+                if follower.heard_s == now_s or not is_stuck(follower.process.pid):
+                    follower.ran_s = now_s
+                elif now_s - max(follower.ran_s, follower.heard_s) > START_STUCK_S:
+                    self._lose(f"rank {follower.tp_rank} hangs: it does not run")
             return
         for follower in self._all:
             silent_s = now_s - follower.heard_s
@@ -273,3 +291,16 @@ class Followers:
                 self._changed.notify_all()
                 if self._on_lost is not None:
                     self._on_lost(reason)
+        self._end_joining(reason)
+
+    def _end_joining(self, reason: str) -> None:
+        """Where torch waits for a rank that has gone, it would do so for ten minutes, and nothing
+        else ends that: this process does."""
+        deadline_s = time.monotonic() + CAUSE_S
+        while self._is_joining and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        if self._is_joining:
+            log.get_logger().error("%s", reason)
+            log.flush()
+            self.kill()
+            os._exit(1)

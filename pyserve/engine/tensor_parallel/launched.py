@@ -3,14 +3,15 @@
 Besides the process group of their steps they have two gloo groups for messages: one broadcasts the
 leader's calls to all followers, the other gathers the followers' news at the leader. When a rank
 ends, torchrun ends the other ranks of its machine, but not those of other machines. Therefore each
-follower also holds a "line" to the leader: a TCP connection that carries no data, and whose end
-tells either side that the other has gone.
+follower also holds a "line" to the leader: a TCP connection that carries heartbeats alone, and
+whose end tells either side that the other has gone.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+import select
 import selectors
 import socket
 import threading
@@ -24,24 +25,47 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from pyserve import log
-from pyserve.config import env
+from pyserve import __version__, log
+from pyserve.config import EngineConfig, env
 from pyserve.engine.tensor_parallel import calls
 from pyserve.engine.tensor_parallel.news import Begin, Failed, News, decode, encode
 from pyserve.errors import DeviceError, StartupError
+from pyserve.flag_rows import rows_of
 from pyserve.model.adapter_weights import AdapterWeights
 from pyserve.ops.group import LEADER, Group, ProcessGroup
+from pyserve.ops.meeting import Meeting
 
 PIECE_BYTES = 4096  # size of the first broadcast of a message, which holds all of most calls
 LENGTH_BYTES = 8
 SECRET_BYTES = 16  # a follower sends this secret, so that no stranger can open a line
 LINE_S = 30.0  # time limit for all followers to connect
+SHOW_S = 2.0  # time limit for a new connection to send the secret
 # A follower waits for the next call for as long as the server is idle or asleep, but gloo's default
 # time limit is half an hour. A lost leader is noticed by the end of the line instead.
 IDLE = timedelta(days=3650)
+LINE_BEAT_S, LINE_SILENT_S = 1.0, 20.0  # between heartbeats, and without one until a rank hangs
 PEACE_S = 3.0  # after the line's end, time for a follower to end by itself if it was told to
 
 _Kind = TypeVar("_Kind", bound=News)
+
+
+def agree(config: EngineConfig, here: Meeting) -> None:
+    """Meet all other ranks, before any of them fetches or loads a model. Raises StartupError where
+    one does not come, or was started otherwise than rank 0."""
+    said = {"version": __version__, "torch": str(torch.__version__)} | {
+        f"--{row.name}": str(getattr(config, field)) for field, row in rows_of(EngineConfig).items()
+    }
+    first, *others = here.wait_all("settings", msgspec.json.encode(said).decode())
+    expected = msgspec.json.decode(first)
+    for tp_rank, other in enumerate(others, 1):
+        found = msgspec.json.decode(other)
+        for name in expected | found:
+            if found.get(name) != expected.get(name):
+                raise StartupError(
+                    f"rank {tp_rank} has {name} {found.get(name)}, and rank 0 "
+                    f"{expected.get(name)}: the same version and the same flags are to be "
+                    "everywhere"
+                )
 
 
 class _Words:
@@ -49,7 +73,8 @@ class _Words:
     and news."""
 
     def __init__(self, device: torch.device) -> None:
-        """Waits for all other ranks. Raises DeviceError."""
+        """Waits for all other ranks. Raises StartupError if one does not come, DeviceError if torch
+        cannot join them."""
         self.group = ProcessGroup.launched(device)
         self.tp_rank, self.tp_size = self.group.tp_rank, self.group.tp_size
         self._calls = dist.new_group(backend="gloo", timeout=IDLE)
@@ -160,7 +185,7 @@ class LaunchedFollowers(_Words):
         self.kill()
 
     def _accept(self) -> list[socket.socket]:
-        """Accept the followers' lines; returns them in the order of ranks. Raises DeviceError."""
+        """Accept the followers' lines; returns them in the order of ranks. Raises StartupError."""
         secret = secrets.token_bytes(SECRET_BYTES)
         lines: dict[int, socket.socket] = {}
         with socket.create_server(("", 0)) as server:
@@ -170,24 +195,45 @@ class LaunchedFollowers(_Words):
             while len(lines) < self.tp_size - 1:
                 try:
                     line, _ = server.accept()
-                    line.settimeout(LINE_S)
-                    shown = line.recv(SECRET_BYTES + 1, socket.MSG_WAITALL)
                 except OSError as error:
-                    raise DeviceError(f"not all ranks reach port {port} of rank 0") from error
+                    raise StartupError(f"not all ranks reach port {port} of rank 0") from error
+                line.settimeout(SHOW_S)
+                with suppress(OSError):  # a stranger may say nothing
+                    shown = b""
+                    shown = line.recv(SECRET_BYTES + 1, socket.MSG_WAITALL)
                 if secrets.compare_digest(shown[:SECRET_BYTES], secret):
                     lines[shown[SECRET_BYTES]] = line
         return [_kept_alive(line) for _, line in sorted(lines.items())]
 
     def _listen(self) -> None:
+        lost = self._first_lost()
+        if self._is_closing:
+            return
+        self._lost = lost
+        if self._on_lost is not None:
+            self._on_lost(lost)
+            return
+        time.sleep(PEACE_S)  # the call that fails by it says more
+        if self._on_lost is None and not self._is_closing:
+            log.get_logger().error("%s during the start", lost)
+            log.flush()
+            os._exit(1)
+
+    def _first_lost(self) -> str:
+        """What has become of the first that ends its line, or that hangs."""
+        heard_s = dict.fromkeys(range(1, self.tp_size), time.monotonic())
         with selectors.DefaultSelector() as selector:
             for tp_rank, line in enumerate(self._lines, 1):
                 selector.register(line, selectors.EVENT_READ, tp_rank)
-            (key, _), *_ = selector.select()  # lines carry no data, so this one has closed
-        if self._is_closing:
-            return
-        self._lost = f"rank {key.data} has gone"
-        if self._on_lost is not None:
-            self._on_lost(self._lost)
+            while True:
+                for key, _ in selector.select(LINE_BEAT_S):
+                    line, tp_rank = self._lines[key.data - 1], key.data
+                    if not _heard(line):
+                        return f"rank {tp_rank} has gone"
+                    heard_s[tp_rank] = time.monotonic()
+                for tp_rank, last_s in heard_s.items():
+                    if time.monotonic() - last_s > LINE_SILENT_S:
+                        return f"rank {tp_rank} hangs: silent for {LINE_SILENT_S:g} s"
 
 
 class LaunchedLine(_Words):
@@ -205,17 +251,22 @@ class LaunchedLine(_Words):
             line = socket.create_connection((address, port), LINE_S)
             line.sendall(secret + bytes([self.tp_rank]))
         except OSError as error:
-            raise DeviceError(f"port {port} of {address}, rank 0, is not reached") from error
+            raise StartupError(f"port {port} of {address}, rank 0, is not reached") from error
         self._line = _kept_alive(line)
         threading.Thread(target=self._live, name="leader", daemon=True).start()
 
     def _live(self) -> None:
-        with suppress(OSError):
-            self._line.recv(1)
+        self._beat()
         time.sleep(PEACE_S)  # if the leader's last call was Close, this process ends by itself
         log.get_logger().error("rank 0 has gone")
         log.flush()
         os._exit(1)
+
+    def _beat(self) -> None:
+        """Say that this process lives, until the leader does not."""
+        with suppress(OSError):
+            while not select.select([self._line], [], [], LINE_BEAT_S)[0] or _heard(self._line):
+                self._line.sendall(b".")
 
     def tell(self, news: News) -> None:
         self._gather(encode(news))
@@ -227,6 +278,14 @@ class LaunchedLine(_Words):
 
     def call(self) -> bytes:
         return self._spread()
+
+
+def _heard(line: socket.socket) -> bool:
+    """Whether what has come on a line is not its end."""
+    try:
+        return bool(line.recv(PIECE_BYTES))
+    except OSError:
+        return False
 
 
 def _kept_alive(line: socket.socket) -> socket.socket:

@@ -35,7 +35,7 @@ class Planned(msgspec.Struct, frozen=True, tag=True):
     num_blocks: int  # KV blocks
     max_model_len: int
     device: str  # a description for the log
-    version: str  # pyserve.__version__
+    model: str  # fingerprint of the model's files
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):

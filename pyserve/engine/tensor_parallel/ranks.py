@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from pyserve import __version__, host, log
+from pyserve import host, log
 from pyserve.config import EngineConfig, launched
 from pyserve.engine.batch import max_step_words
 from pyserve.engine.planner import CardMemory, MemoryPlan, with_blocks
@@ -18,6 +18,7 @@ from pyserve.engine.tensor_parallel.launched import LaunchedFollowers
 from pyserve.engine.tensor_parallel.news import Begin, Loaded, Planned, Shown
 from pyserve.engine.tensor_parallel.spawned import Spawned
 from pyserve.errors import StartupError
+from pyserve.model.fingerprint import fingerprint
 from pyserve.ops.group import Group
 
 # How long the leader waits for its followers.
@@ -77,15 +78,11 @@ class Ranks:
         num_ranks = self._config.num_ranks
         part = "its layers" if self._config.pipeline_parallel_size > 1 else "its part of each layer"
         all_planned = self.followers.wait(Planned, PLAN_S)
+        self._check_models(all_planned)
         num_blocks = min(plan.num_blocks, *(it.num_blocks for it in all_planned))
         max_model_len = min(plan.max_model_len, *(it.max_model_len for it in all_planned))
         plan = replace(with_blocks(plan, num_blocks), max_model_len=max_model_len)
         for tp_rank, planned in enumerate(all_planned, 1):
-            if planned.version != __version__:
-                raise StartupError(
-                    f"rank {tp_rank} runs pyserve {planned.version}, and rank 0 {__version__}: "
-                    "install one version everywhere"
-                )
             log.get_logger().info(
                 "rank %d of %d holds %s on %s", tp_rank, num_ranks, part, planned.device
             )
@@ -106,6 +103,17 @@ class Ranks:
         self.followers.begin(begin, num_step_words=num_step_words)
         self.group = self.followers.join(self._device)
         return plan
+
+    def _check_models(self, all_planned: Sequence[Planned]) -> None:
+        """Raise StartupError where they have not all the leader's."""
+        folder = self._config.model_path
+        model = fingerprint(folder, has_weights=self._config.load_format != "dummy")
+        for tp_rank, planned in enumerate(all_planned, 1):
+            if planned.model != model:
+                raise StartupError(
+                    f"the model of rank {tp_rank} is not that of rank 0 in {folder}, or another "
+                    "revision of it: all machines must have the same files"
+                )
 
     def wait_loaded(self) -> None:
         """Wait until all followers have loaded their parts. Raises StartupError."""

@@ -1,0 +1,102 @@
+"""Meeting: how the ranks that torchrun has started find each other, however long one takes.
+
+One may download for an hour a model that another has: who waits knows by their beats that the
+others live, and gives up on one that has been silent for SILENT_S.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from pyserve.errors import StartupError
+
+SILENT_S = 25.0
+BEAT_S = 2.0
+PAUSE_S = 0.1
+END_S = 5.0
+
+
+class Meeting:
+    """tp_rank, tp_size   this rank of how many
+    store                 of words that all ranks have in common
+    """
+
+    def __init__(self, store: dist.Store, tp_rank: int, tp_size: int) -> None:
+        self.store, self.tp_rank, self.tp_size = store, tp_rank, tp_size
+        self._is_over = threading.Event()
+        self._beating = threading.Thread(target=self._beat, name="meeting", daemon=True)
+        self._beating.start()
+        # The store's own end waits for a call that is under way, which would never return then.
+        atexit.register(self.end)
+
+    @classmethod
+    def launched(cls) -> Meeting:
+        """Where torchrun's variables say. Raises StartupError where nobody is there."""
+        try:
+            store, tp_rank, tp_size = next(
+                dist.rendezvous("env://", timeout=timedelta(seconds=SILENT_S))
+            )
+        except (RuntimeError, ValueError) as error:
+            raise _failed(error) from error
+        return cls(dist.PrefixStore("pyserve", store), tp_rank, tp_size)
+
+    def wait_all(self, topic: str, said: str = "") -> list[bytes]:
+        """What each rank has said of a topic, once all have. Raises StartupError."""
+        try:
+            self.store.set(f"{topic}/{self.tp_rank}", said)
+            self._wait_all(topic)
+            return [self.store.get(f"{topic}/{tp_rank}") for tp_rank in range(self.tp_size)]
+        except RuntimeError as error:
+            raise _failed(error) from error
+
+    def end(self) -> None:
+        """This rank is seen in other ways from now on."""
+        self._is_over.set()
+        self._beating.join(END_S)
+
+    def _wait_all(self, topic: str) -> None:
+        heard: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when it was new
+        while missing := [
+            tp_rank
+            for tp_rank in range(self.tp_size)
+            if not self.store.check([f"{topic}/{tp_rank}"])
+        ]:
+            now_s = time.monotonic()
+            for tp_rank in missing:
+                beat = self.store.add(f"beat/{tp_rank}", 0)
+                before, heard_s = heard.get(tp_rank, (-1, now_s))
+                heard[tp_rank] = beat, now_s if beat != before else heard_s
+                if now_s - heard[tp_rank][1] > SILENT_S:
+                    raise StartupError(
+                        f"the ranks did not come together: nothing was heard of rank {tp_rank} for "
+                        f"{SILENT_S:g} s; see its own log"
+                    )
+            time.sleep(PAUSE_S)
+
+    def _beat(self) -> None:
+        try:
+            while not self._is_over.wait(BEAT_S):
+                self.store.add(f"beat/{self.tp_rank}", 1)
+        except RuntimeError:
+            return  # the store has gone, which others see too
+
+
+_meeting: Meeting | None = None
+
+
+def meeting() -> Meeting:
+    """The one of this process. Raises StartupError."""
+    global _meeting
+    if _meeting is None:
+        _meeting = Meeting.launched()
+    return _meeting
+
+
+def _failed(error: Exception) -> StartupError:
+    first_line, _, _ = str(error).partition("\n")
+    return StartupError(f"the ranks did not come together: {first_line}")
