@@ -10,6 +10,7 @@ import atexit
 import threading
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -26,7 +27,7 @@ class Meeting:
     store                 of words that all ranks have in common
     """
 
-    def __init__(self, store: dist.Store, tp_rank: int, tp_size: int) -> None:
+    def __init__(self, store: Any, tp_rank: int, tp_size: int) -> None:
         self.store, self.tp_rank, self.tp_size = store, tp_rank, tp_size
         self._is_over = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="meeting", daemon=True)
@@ -38,12 +39,13 @@ class Meeting:
     def launched(cls) -> Meeting:
         """Where torchrun's variables say. Raises StartupError where nobody is there."""
         try:
-            store, tp_rank, tp_size = next(
-                dist.rendezvous("env://", timeout=timedelta(seconds=SILENT_S))
-            )
+            limit = timedelta(seconds=SILENT_S)
+            found = dist.rendezvous("env://", timeout=limit)  # type: ignore[attr-defined]
+            store, tp_rank, tp_size = next(found)
         except (RuntimeError, ValueError) as error:
             raise _failed(error) from error
-        return cls(dist.PrefixStore("pyserve", store), tp_rank, tp_size)
+        own = dist.PrefixStore("pyserve", store)  # type: ignore[attr-defined]
+        return cls(own, tp_rank, tp_size)
 
     def wait_all(self, topic: str, said: str = "") -> list[bytes]:
         """What each rank has said of a topic, once all have. Raises StartupError."""
