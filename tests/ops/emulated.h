@@ -283,12 +283,17 @@ float to_float(__nv_bfloat16 x) {
   return value;
 }
 
+// A float of the exponent and mantissa that stand in the top bits but one, the smallest ones too.
+float small_float(uint32_t bits, float scale, bool is_negative) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return (is_negative ? -value : value) * scale;
+}
+
 float to_float(__half x) {
   const int exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
   if (exponent == 31) return mantissa == 0 ? INFINITY : NAN;
-  const float value = exponent == 0 ? std::ldexp(mantissa, -24)
-                                    : std::ldexp(1024 + mantissa, exponent - 25);
-  return x.bits >> 15 ? -value : value;
+  return small_float((x.bits & 0x7fffu) << 13, 0x1p112f, x.bits >> 15);
 }
 
 // To nearest, ties to even; of __half finite values only.
@@ -386,14 +391,19 @@ void mma_16816(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
   std::memcpy(machine::lane(lane), words, sizeof(words));
   machine::meet_warp();
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    double sum = sums[i];
+  float left[2][16], right[2][16];  // of rows 8 apart, of columns beside each other
+  for (int i = 0; i < 2; ++i) {
     for (int k = 0; k < 16; ++k) {
       const int holder = k % 8 / 2, high = k / 8;
-      const float left = element<T>(machine::lane(row % 8 * 4 + holder)[row / 8 + 2 * high], k % 2);
-      sum += double{left} * element<T>(machine::lane(column * 4 + holder)[4 + high], k % 2);
+      const uint32_t* of_row = machine::lane(lane / 4 * 4 + holder);
+      const uint32_t* of_column = machine::lane((lane % 4 * 2 + i) * 4 + holder);
+      left[i][k] = element<T>(of_row[i + 2 * high], k % 2);
+      right[i][k] = element<T>(of_column[4 + high], k % 2);
     }
+  }
+  for (int i = 0; i < 4; ++i) {
+    double sum = sums[i];
+    for (int k = 0; k < 16; ++k) sum += double{left[i / 2][k]} * right[i % 2][k];
     sums[i] = static_cast<float>(sum);
   }
   machine::meet_warp();
@@ -423,11 +433,12 @@ int __shfl_sync(unsigned, int x, int from) {
 }
 
 int warp_inclusive_sum(int x) {
+  const int lane = machine::current % kWarpSize;
+  machine::lane(lane)[0] = static_cast<uint32_t>(x);
+  machine::meet_warp();
   int sum = 0;
-  for (int i = 0; i < kWarpSize; ++i) {
-    const int other = __shfl_sync(kFullMask, x, i);
-    if (i <= machine::current % kWarpSize) sum += other;
-  }
+  for (int i = 0; i <= lane; ++i) sum += static_cast<int>(machine::lane(i)[0]);
+  machine::meet_warp();
   return sum;
 }
 

@@ -26,8 +26,9 @@ def build(folder: Path, name: str, kernels: tuple[str, ...]) -> Path:
     compiler = toolchain.find_toolchain(os.environ.get("CXX"), march=None).compiler
     program = folder / name
     file = Path(__file__).with_name(f"{name}.cpp")
-    # Checks of longjmp that some compilers switch on take jumps between stacks for errors.
-    flags = ["-std=c++20", "-O1", "-U_FORTIFY_SOURCE", f"-I{folder}", f"-I{SOURCES}"]
+    # More optimising takes longer than it spares. Checks of longjmp that some compilers switch on
+    # take jumps between stacks for errors.
+    flags = ["-std=c++20", "-Og", "-U_FORTIFY_SOURCE", f"-I{folder}", f"-I{SOURCES}"]
     subprocess.run([compiler, *flags, file, "-o", program], check=True)
     return program
 

@@ -50,11 +50,12 @@ float __shfl_sync(unsigned mask, float x, int from) {
   return x;
 }
 
-unsigned __ballot_sync(unsigned mask, bool is_set) {
+unsigned __ballot_sync(unsigned, bool is_set) {
+  machine::lane(machine::current % kWarpSize)[0] = is_set;
+  machine::meet_warp();
   unsigned lanes = 0;
-  for (int i = 0; i < kWarpSize; ++i) {
-    lanes |= unsigned{__shfl_sync(mask, static_cast<int>(is_set), i) != 0} << i;
-  }
+  for (int i = 0; i < kWarpSize; ++i) lanes |= machine::lane(i)[0] << i;
+  machine::meet_warp();
   return lanes;
 }
 

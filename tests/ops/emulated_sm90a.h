@@ -95,29 +95,37 @@ std::array<Products, kMaxThreads> products;
 Barrier cluster_barrier;
 std::map<std::pair<int, int>, Barrier> named_barriers;  // by block and id
 
-float operand(uint64_t descriptor, int row, int column, Elements elements);
+constexpr int kMaxDepth = 32;  // of a product: rows of 32 bytes
+
+void read_operand(uint64_t descriptor, int row, Elements elements, float (&values)[kMaxDepth]);
 float register_element(uint32_t word, int index, Elements elements);
 
-// Of the thread that runs; its quad's registers hold its rows.
+// Of the thread that runs; its quad's registers hold its rows. Reading takes most of the time, so
+// each operand is read once.
 void compute(const Product& product, size_t index) {
   const int lane = current % kLanes, quad = current - lane % 4, warp_row = current / kLanes % 4 * 16;
-  const int depth = product.elements == Elements::kE4m3 ? 32 : 16;
-  for (int i = 0; i < product.num_sums; ++i) {
-    const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    double sum = product.is_added ? product.sums[i] : 0.0f;
-    for (int k = 0; k < depth; ++k) {
-      float left;
-      if (product.registers == nullptr) {
-        left = operand(product.a, warp_row + row, k, product.elements);
-      } else {
-        const Products& other = products[quad + k % 8 / 2];
-        const Product& same = other.groups.empty() ? other.open[index] : other.groups[0][index];
-        const uint32_t word = same.registers[row / 8 + k / 8 * 2];
-        left = register_element(word, k % 2, product.elements);
-      }
-      sum += double{left} * operand(product.b, column, k, product.elements);
+  const int depth = product.elements == Elements::kE4m3 ? kMaxDepth : 16;
+  float left[2][kMaxDepth], right[kMaxDepth];  // of rows 8 apart, of a column
+  for (int half = 0; half < 2; ++half) {
+    if (product.registers == nullptr) {
+      read_operand(product.a, warp_row + lane / 4 + half * 8, product.elements, left[half]);
+      continue;
     }
-    product.sums[i] = static_cast<float>(sum);
+    for (int k = 0; k < depth; ++k) {
+      const Products& other = products[quad + k % 8 / 2];
+      const Product& same = other.groups.empty() ? other.open[index] : other.groups[0][index];
+      const uint32_t word = same.registers[half + k / 8 * 2];
+      left[half][k] = register_element(word, k % 2, product.elements);
+    }
+  }
+  for (int pair = 0; pair < product.num_sums / 2; ++pair) {
+    read_operand(product.b, pair / 2 * 8 + lane % 4 * 2 + pair % 2, product.elements, right);
+    for (int half = 0; half < 2; ++half) {
+      float& result = product.sums[pair / 2 * 4 + pair % 2 + half * 2];
+      double sum = product.is_added ? result : 0.0f;
+      for (int k = 0; k < depth; ++k) sum += double{left[half][k]} * right[k];
+      result = static_cast<float>(sum);
+    }
   }
 }
 
@@ -398,11 +406,8 @@ float4 __ldcg(const float4* from) { return *from; }
 float __ldcg(const float* from) { return *from; }
 
 float to_float_e4m3(uint32_t byte) {
-  const int exponent = byte >> 3 & 15, mantissa = byte & 7;
   if ((byte & 127) == 127) return NAN;
-  const float value = exponent == 0 ? std::ldexp(mantissa, -9)
-                                    : std::ldexp(8 + mantissa, exponent - 10);
-  return byte >> 7 ? -value : value;
+  return small_float((byte & 127) << 20, 0x1p120f, byte >> 7);
 }
 
 // To nearest, ties to even, 448 at most.
@@ -468,13 +473,21 @@ float number(uint16_t bits, Elements elements) {
   return elements == Elements::kHalf ? to_float(__half{bits}) : to_float(__nv_bfloat16{bits});
 }
 
-float operand(uint64_t descriptor, int row, int column, Elements elements) {
-  const int element_bytes = elements == Elements::kE4m3 ? 1 : 2;
-  uint32_t address = static_cast<uint32_t>(descriptor) + row * 128 + column * element_bytes;
-  address ^= (address >> 7 & 7) << 4;
-  uint16_t bits = 0;
-  std::memcpy(&bits, at(address / 16 * 16) + address % 16, element_bytes);
-  return number(bits, elements);
+void read_operand(uint64_t descriptor, int row, Elements elements, float (&values)[kMaxDepth]) {
+  for (int i = 0; i < 2; ++i) {
+    uint32_t address = static_cast<uint32_t>(descriptor) + row * 128 + i * 16;
+    address ^= (address >> 7 & 7) << 4;
+    const unsigned char* from = at(address);
+    if (elements == Elements::kE4m3) {
+      for (int j = 0; j < 16; ++j) values[16 * i + j] = number(from[j], elements);
+      continue;
+    }
+    for (int j = 0; j < 8; ++j) {
+      uint16_t bits;
+      std::memcpy(&bits, from + 2 * j, 2);
+      values[8 * i + j] = number(bits, elements);
+    }
+  }
 }
 
 float register_element(uint32_t word, int index, Elements elements) {
