@@ -11,7 +11,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -290,6 +290,18 @@ def logprobs_of(token_id: int, place: int) -> TokenLogprobs:
     return TokenLogprobs(logprobs[1], 2, ids, logprobs)
 
 
+def exchange(
+    connection: http.client.HTTPConnection, method: str, path: str, body: object = None,
+    headers: dict[str, str] | None = None,
+) -> tuple[int, dict[str, str], bytes]:  # fmt: skip
+    """Status, headers and body; `body` is bytes or becomes JSON."""
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    sent = {"Content-Type": "application/json", **(headers or {})}
+    connection.request(method, path, data, sent)
+    reply = connection.getresponse()
+    return reply.status, dict(reply.getheaders()), reply.read()
+
+
 class Server:
     """An app on a loopback port, on the event loop of its own thread."""
 
@@ -323,15 +335,12 @@ class Server:
         self, method: str, path: str, body: object = None, headers: dict[str, str] | None = None
     ) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body; `body` is bytes or becomes JSON."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        try:
-            data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-            sent = {"Content-Type": "application/json", **(headers or {})}
-            connection.request(method, path, data, sent)
-            reply = connection.getresponse()
-            return reply.status, dict(reply.getheaders()), reply.read()
-        finally:
-            connection.close()
+        with closing(self.connection()) as connection:
+            return exchange(connection, method, path, body, headers)
+
+    def connection(self) -> http.client.HTTPConnection:
+        """For many requests, by `exchange`: a new one each takes longer than most answers."""
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
 
     def post(self, path: str, body: object) -> Any:
         """The decoded body of a 200."""

@@ -10,6 +10,9 @@ import socket
 import urllib.parse
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from aiohttp.test_utils import make_mocked_request
 from pyserve.api import app
 from pyserve.api.app import ROUTES, build_app
 from pyserve.api.http.keys import Keys
-from tests.api.fakes import MODEL, Server, run_server
+from tests.api.fakes import MODEL, Server, exchange, run_server
 from tests.waiting import wait_until
 
 CHAT = "/v1/chat/completions"
@@ -64,6 +67,13 @@ def guarded(request: pytest.FixtureRequest, tokenizer_folder: Path) -> Iterator[
         yield server
 
 
+@pytest.fixture
+def connection(guarded: Server) -> Iterator[HTTPConnection]:
+    """One for the thousands of requests of a walk."""
+    with closing(guarded.connection()) as opened:
+        yield opened
+
+
 def table(server: Server) -> list[tuple[str, str]]:
     """(method, path) of every route aiohttp really has."""
     found = []
@@ -92,22 +102,25 @@ def test_the_table_is_whole(guarded: Server) -> None:
         assert len(spelled_once) == 2 * len({route.path for route in ROUTES})
 
 
-def test_every_route_but_the_public_ones_needs_the_key(guarded: Server) -> None:
+def test_every_route_but_the_public_ones_needs_the_key(
+    guarded: Server, connection: HTTPConnection
+) -> None:
     num_guarded = 0
+    ask = partial(exchange, connection)
     for method, path in table(guarded):
         url = fill(path)
         if is_public(guarded, path):
-            assert guarded.request(method, url)[0] in (200, 308), url
+            assert ask(method, url)[0] in (200, 308), url
             continue
         num_guarded += 1
         for headers in WRONG_HEADERS:
-            status, reply_headers, body = guarded.request(method, url, headers=headers)
+            status, reply_headers, body = ask(method, url, headers=headers)
             assert (status, reply_headers["WWW-Authenticate"]) == (401, "Bearer"), (url, headers)
             if method != "HEAD":
                 kind = json.loads(body)["error"]["type"]
                 assert kind in ("AuthenticationError", "authentication_error")
         for headers in RIGHT_HEADERS:
-            status = guarded.request(method, url, headers=headers)[0]
+            status = ask(method, url, headers=headers)[0]
             # There is nothing of these ids, and no adapter without --enable-lora.
             is_nothing = "_id}" in path or "load_lora_adapter" in path
             assert status != 401 and (status == 404) == is_nothing, url
@@ -115,11 +128,13 @@ def test_every_route_but_the_public_ones_needs_the_key(guarded: Server) -> None:
     assert guarded.engine.submitted == []
 
 
-def test_every_verb_on_every_path_needs_the_key(guarded: Server) -> None:
+def test_every_verb_on_every_path_needs_the_key(
+    guarded: Server, connection: HTTPConnection
+) -> None:
     known = set(table(guarded))
     for path in sorted({path for _, path in known}):
         for method in METHODS:
-            status, _, body = guarded.request(method, fill(path))
+            status, _, body = exchange(connection, method, fill(path))
             if (method, path) in known and is_public(guarded, path):
                 assert status in (200, 308)
             else:
@@ -166,7 +181,9 @@ def test_the_same_for_a_key_s_length_and_place(monkeypatch: pytest.MonkeyPatch) 
         assert num_compared == [32] * 4, headers
 
 
-def test_no_spelling_of_a_path_gets_around_the_key(guarded: Server) -> None:
+def test_no_spelling_of_a_path_gets_around_the_key(
+    guarded: Server, connection: HTTPConnection
+) -> None:
     for method, path in table(guarded):
         if is_public(guarded, path):
             continue
@@ -180,7 +197,7 @@ def test_no_spelling_of_a_path_gets_around_the_key(guarded: Server) -> None:
             "/ping" + url, "/health" + url, "//health" + url, "http://x" + url, "/.." + url,
             ROOT_PATH + url, ROOT_PATH + ROOT_PATH + url, url.replace("v1", "V1"),
         ):  # fmt: skip
-            status = guarded.request(method, spelling)[0]
+            status = exchange(connection, method, spelling)[0]
             assert status in (400, 401), (method, spelling)
     assert guarded.engine.submitted == []
 
