@@ -83,7 +83,9 @@ def test_parameter_counts_are_those_of_the_real_models() -> None:
         "gemma-2-9b", "phi-4", "deepseek-v2-lite", "deepseek-v3", "glm-4.7-flash",
     ],
 )  # fmt: skip
-def test_weights_are_complete(preset: str, tmp_path: Path) -> None:
+def test_weights_are_complete(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Drawing as many as for a large model takes a second each; test_command_line does it once.
+    monkeypatch.setattr("bench.make_model.POOL_VALUES", 2**16)
     overrides = {**SMALL, "head_dim": 8, "tie_word_embeddings": preset == "qwen3-8b"}
     if preset == "qwen3-30b-a3b":
         overrides |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
