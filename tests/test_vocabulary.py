@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -204,13 +205,18 @@ def bools(tree: ast.AST) -> Iterator[str]:
                 yield name.rpartition(".")[2]
 
 
+@cache
+def foreign_bools() -> set[str]:
+    """What is handed to something foreign, or taken from it, keeps the name that it has there."""
+    return set(FOREIGN_NAMES) | {
+        name for place in FOREIGN_BOOLS for name in bools(ast.parse(PYTHON[place].read_text()))
+    }
+
+
 @pytest.mark.parametrize("where", [where for where in PYTHON if where not in FOREIGN_BOOLS])
 def test_bools_say_so(where: str) -> None:
     names = {name.lstrip("_") for name in bools(ast.parse(PYTHON[where].read_text()))}
-    # What is handed on to something foreign, or taken from it, keeps the name that it has there.
-    foreign = set(FOREIGN_NAMES) | {
-        name for place in FOREIGN_BOOLS for name in bools(ast.parse(PYTHON[place].read_text()))
-    }
+    foreign = foreign_bools()
     assert not {name for name in names - foreign if not name.startswith(BOOL_PREFIXES)}
 
 
