@@ -110,6 +110,12 @@ OWN_SWITCHES = {
 VLLM = sorted(vllm.SWITCHES | vllm.VALUES | vllm.LISTS | vllm.OBJECTS)
 
 
+@pytest.fixture(autouse=True)
+def _one_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making one takes longer than most tests here; those of tests/test_cli.py make their own."""
+    monkeypatch.setattr(flags, "make_parser", lambda: PARSER)
+
+
 def read(argv: list[str]) -> argparse.Namespace:
     """As the server reads its arguments, but without an opinion about what they ask for."""
     return flags.parse(PARSER, plain_words(PARSER, argv))
