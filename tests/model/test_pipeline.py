@@ -21,14 +21,16 @@ from tests.model.ranks import on_all_ranks
 from tests.model.test_tensor_parallel import CPU, logits_of
 
 
-def load(folder: Path, group: Group | None, load_format: str = "auto") -> Decoder:
+def load(
+    folder: Path, group: Group | None, load_format: str = "auto", quantization: str | None = None
+) -> Decoder:
     placement = Placement(torch.float32, CPU)
     if group is not None:
         stage = {"pp_rank": group.tp_rank, "pp_size": group.tp_size, "group": group}
         placement = Placement(torch.float32, CPU, **stage)  # type: ignore[arg-type]
     return load_model(
-        folder, ModelConfig.from_path(folder), placement, load_format=load_format, seed=0,
-        progress=lambda done, total: None,
+        folder, ModelConfig.from_path(folder).quantised_as(quantization), placement,
+        load_format=load_format, seed=0, progress=lambda done, total: None,
     )  # fmt: skip
 
 
@@ -50,6 +52,15 @@ def test_of_integers_too(kind: str, tmp_path: Path) -> None:
     expected = logits_of(load(tmp_path, None))
     logits = on_all_ranks(2, lambda group: logits_of(load(tmp_path, group)))[LEADER]
     assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("quantization", ["awq", "fp8"])
+def test_made_up_weights_are_rounded_on_every_rank(quantization: str, tmp_path: Path) -> None:
+    """A rank behind the first has no tensor that stays plain in front of its rounded ones."""
+    oracle.make_model("llama", hidden_size=128, intermediate_size=256).save_pretrained(tmp_path)
+    expected = logits_of(load(tmp_path, None, "dummy", quantization))
+    logits = on_all_ranks(2, lambda group: logits_of(load(tmp_path, group, "dummy", quantization)))
+    assert torch.equal(logits[LEADER], expected)
 
 
 def test_each_rank_holds_its_layers_alone(tmp_path: Path) -> None:
