@@ -181,4 +181,7 @@ def _num_experts(fields: Fields, keys: ExpertsKeys) -> int:
         if num_experts not in (None, number):
             raise fields.refuse(key, f"must be {num_experts}, as {keys.num_experts[0]} is")
         num_experts = number
+    nulls = [key for key in keys.num_experts if fields.is_null(key)]
+    if num_experts is None and nulls:
+        raise fields.refuse(nulls[0], f"must be an integer in [1, {MAX_EXPERTS}]")
     return num_experts or keys.default_num

@@ -13,6 +13,9 @@ A module X with a matrix [n, k] is stored as
     X.weight_scale      [n, 1] or [1], if there is a scale for each row or for the whole matrix
     X.input_scale       [1], a scale for activations, which is not used
 
+Where method "fp8" has no blocks (Ministral 3), transformers calls the last two weight_scale_inv and
+activation_scale.
+
 With storage "fp8-plain", X.weight has 16- or 32-bit floats, which are rounded to 8 bits with a
 scale for each row while loading.
 """

@@ -125,6 +125,8 @@ def _index(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     prefixes = (MODEL_PREFIX, TEXT_PREFIX) if config.towers else (MODEL_PREFIX,)
     for tensor in index_checkpoint(path).values():
         name = _plain_name(tensor.name, prefixes)
+        if config.quantization is not None:
+            name = config.quantization.plain_name(name)
         if name.removeprefix(MODEL_PREFIX).startswith(tuple(f"{it}." for it in config.towers)):
             continue
         layer = LAYER_NAMES.match(name)

@@ -25,6 +25,8 @@ BITS = 4
 UNIT_COLUMNS = 64  # 4-bit matrices can be divided at multiples of at least so many columns
 FP8_BITS = 8
 BLOCK = (128, 128)  # rows and columns that share a scale in block-wise FP8
+# transformers' names of the scales of method "fp8" without blocks -> the names that AutoFP8 uses.
+NAMES_OF_A_MATRIX = {"weight_scale_inv": "weight_scale", "activation_scale": "input_scale"}
 MAX_PATTERN_CHARS = 200
 MAX_PATTERN_REPEATS = 4  # bounds the time of matching an untrusted pattern
 
@@ -74,6 +76,13 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
         if self.only and not name.endswith(self.only):
             return False
         return not any(re.search(pattern, name) for pattern in self.skipped)
+
+    def plain_name(self, name: str) -> str:
+        """The tensor `name` of the checkpoint as the scheme calls it."""
+        module, _, end = name.rpartition(".")
+        if self.method != "fp8" or self.granularity == "block" or end not in NAMES_OF_A_MATRIX:
+            return name
+        return f"{module}.{NAMES_OF_A_MATRIX[end]}"
 
     def words(self) -> str:
         """A short description for messages."""

@@ -86,7 +86,8 @@ def integers(name: str, group_size: int) -> Kind:
 
 # ---- 8-bit floats -------------------------------------------------------------------------------
 # Facts of the formats: DeepSeek-V3's README_WEIGHTS.md; AutoFP8, auto_fp8/quantize.py (scales
-# without dims); compressed-tensors, src/compressed_tensors/quantization/quant_args.py.
+# without dims); compressed-tensors, src/compressed_tensors/quantization/quant_args.py;
+# transformers, integrations/finegrained_fp8.py.
 
 
 def numbers(n: int, k: int, seed: int, rows: int, columns: int, std: float) -> tuple[Tensor, ...]:
@@ -114,12 +115,13 @@ def _of_rows(n: int, k: int, seed: int, std: float) -> tuple[dict[str, Tensor], 
     return {"weight": weight, "weight_scale": scales}, weight.float() * scales.float()
 
 
-def _of_matrices(*shape: int) -> Maker:
+def _of_matrices(
+    *shape: int, scale_name: str = "weight_scale", input_name: str = "input_scale"
+) -> Maker:
     def make(n: int, k: int, seed: int, std: float) -> tuple[dict[str, Tensor], Tensor]:
         weight, scales, plain = numbers(n, k, seed, n, k, std)
         scale = scales.view(shape)
-        parts = {"weight": weight, "weight_scale": scale, "input_scale": scale.clone()}
-        return parts, plain
+        return {"weight": weight, scale_name: scale, input_name: scale.clone()}, plain
 
     return make
 
@@ -143,6 +145,13 @@ BLOCK = {
     "weight_block_size": [128, 128],
 }  # fmt: skip
 STATIC = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["re:.*lm_head"]}
+MINISTRAL3 = Kind(  # as transformers writes a scale a matrix
+    {
+        "quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None,
+        "dequantize": False, "modules_to_not_convert": ["model.vision_tower", "lm_head"],
+    },
+    _of_matrices(scale_name="weight_scale_inv", input_name="activation_scale"),
+)  # fmt: skip
 FP8 = {
     "block": Kind(BLOCK, _of_blocks("weight_scale_inv")),
     "static": Kind(STATIC, _of_matrices()),

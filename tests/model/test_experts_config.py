@@ -184,6 +184,7 @@ def test_the_first_layers_of_glm_are_dense_and_its_groups_are_read() -> None:
 HELD_OUT: list[tuple[str, dict[str, Any], str]] = [
     ("mixtral", {"num_local_experts": 0}, "num_local_experts must be an integer in [1, 512]"),
     ("mixtral", {"num_local_experts": MAX_EXPERTS + 1}, "num_local_experts must be"),
+    ("mixtral", {"num_local_experts": None}, "num_local_experts must be an integer in [1, 512]"),
     ("mixtral", {"num_experts": 16}, "num_local_experts must be 16, as num_experts is, got 8"),
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok must be an integer in [1, 8]"),
     ("mixtral", {"intermediate_size": None}, "intermediate_size is missing"),

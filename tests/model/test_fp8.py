@@ -24,7 +24,7 @@ from pyserve.model.weights import CheckpointReader, index_checkpoint
 from pyserve.ops import quantised, reference
 from tests.model import oracle, quantised_files
 from tests.model.driver import Driver
-from tests.model.quantised_files import FP8
+from tests.model.quantised_files import FP8, MINISTRAL3
 
 CPU = torch.device("cpu")
 TOKENS = list(range(3, 40))
@@ -154,6 +154,17 @@ def test_bfloat16_is_close(tmp_path: Path) -> None:
     )
     limit = 2 * oracle.relative_error(plain, expected.double())
     assert oracle.relative_error(ours, expected.double()) <= limit
+
+
+def test_transformers_has_other_names_for_the_scales_of_a_matrix(tmp_path: Path) -> None:
+    saved = quantised_files.save(tmp_path, MINISTRAL3, "ministral3")
+    expected = quantised_files.expected_logits(saved, TOKENS)
+    logits = Driver(oracle.load_ours(saved.folder)).step({0: TOKENS})
+    assert oracle.relative_error(logits, expected.double()) < 1e-5
+    name = f"{UP}.weight_scale_inv"
+    change(saved.folder, name, lambda t: t.repeat(2))
+    with pytest.raises(CheckpointError, match=rf"{name} has shape \[2\], .* \[1\] .*a scale a matrix"):
+        oracle.load_ours(saved.folder)
 
 
 @pytest.mark.parametrize(
