@@ -33,6 +33,7 @@ from pyserve.text.tokenizer_files import (
     extra_tokens,
     make_special,
     named_tokens,
+    said_of_text,
     warn_of_ids,
 )
 from pyserve.text.tokenizer_json import TOKENIZER_FILE, place_of, read_backend, try_out
@@ -303,7 +304,8 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
         eos = _eos_ids(path, raw.get("eos_token_id"))
         if not eos:
             config_path = folder / "config.json"
-            eos = _eos_ids(config_path, (read_object(config_path) or {}).get("eos_token_id"))
+            config = read_object(config_path) or {}
+            eos = _eos_ids(config_path, said_of_text(config, "eos_token_id"))
         if not has_sampling:
             return cls(eos_token_ids=eos)
         top_k = _int_in(path, raw, "top_k", -1, INT32_MAX)

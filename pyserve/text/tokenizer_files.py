@@ -86,8 +86,15 @@ class TokenizerFiles:
     @property
     def num_embeddings(self) -> int:
         """Ids that the model has an embedding for; 0 where config.json does not say it."""
-        size = self.model_config.get("vocab_size")
+        size = said_of_text(self.model_config, "vocab_size")
         return size if isinstance(size, int) else 0
+
+
+def said_of_text(config: Mapping[str, Any], key: str) -> object:
+    """What config.json says of `key`; a model for more than text may leave it to text_config."""
+    text = config.get("text_config")
+    value = config.get(key)
+    return text.get(key) if value is None and isinstance(text, dict) else value
 
 
 def named_tokens(

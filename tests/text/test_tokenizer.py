@@ -221,7 +221,9 @@ def write(folder: Path, name: str, value: object) -> None:
 
 def test_generation_defaults(tmp_path: Path) -> None:
     assert GenerationDefaults.from_folder(tmp_path) == GenerationDefaults()
-    write(tmp_path, "config.json", {"eos_token_id": 7})
+    write(tmp_path, "config.json", {"text_config": {"eos_token_id": [5, 6]}})
+    assert GenerationDefaults.from_folder(tmp_path).eos_token_ids == (5, 6)
+    write(tmp_path, "config.json", {"eos_token_id": 7, "text_config": {"eos_token_id": 6}})
     assert GenerationDefaults.from_folder(tmp_path).eos_token_ids == (7,)
     values: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.05,
               "repetition_penalty": 1.05, "max_new_tokens": 2048}  # fmt: skip

@@ -205,6 +205,8 @@ def test_an_eos_without_an_id_and_ids_beyond_the_model_are_told(
     assert Tokenizer.from_folder(folder).eos_token_id is None
     assert "eos_token '<|end_of_turn|>' has no id in any file" in caplog.text
     caplog.clear()
+    write(folder, "config.json", {"text_config": {"vocab_size": 707}})  # of a model for images
+    assert Tokenizer.from_folder(folder).eos_token_id == 706
     write(folder, "config.json", {"vocab_size": 707})
     assert Tokenizer.from_folder(folder).eos_token_id == 706
     assert not caplog.records
