@@ -180,7 +180,7 @@ _CHANGING: dict[str, _Row] = {
 _CHANGING_IN_ROPE: dict[str, _Row] = {
     **_rows(_ONE, "alpha attn_factor extrapolation_factor rope_ratio"),
     "apply_yarn_scaling": _Row((True,)),
-    "llama_4_scaling_beta": _NONE,
+    **_rows(_NONE, "llama_4_scaling_beta mscale_all_dim"),
     **_rows(_NEVER, "long_factor long_mscale mrope_section short_factor short_mscale"),
     "mrope_interleaved": _OFF,
 }
