@@ -22,6 +22,8 @@ ROPE_TYPES: Mapping[str, RopeType] = {
     "default": "default", "linear": "linear", "dynamic": "dynamic", "llama3": "llama3",
     "yarn": "yarn", "longrope": "longrope",
 }  # fmt: skip
+# Those whose tables say original_max_position_embeddings, which the scale of queries needs too.
+TYPES_WITH_ORIGINAL: tuple[RopeType, ...] = ("llama3", "yarn", "longrope")
 QUERY_BETA = "llama_4_scaling_beta"
 DEFAULT_THETA = 10_000.0
 MAX_THETA = 1e15
@@ -142,6 +144,9 @@ def rope_from_fields(
         beta = 0.0
         if table is not None and row.has_query_scale:
             beta = table.number(QUERY_BETA, 0, 1e3, default=0.0, is_nullable=True)
+            if beta and rope.type not in TYPES_WITH_ORIGINAL:
+                types = ", ".join(TYPES_WITH_ORIGINAL)
+                raise table.refuse(QUERY_BETA, f"must be 0 where rope_type is none of {types}")
         rope = msgspec.structs.replace(rope, partial_rotary_factor=factor, query_beta=beta)
         ropes.append((rope, max_model_len))
     if ropes[0] != ropes[-1]:

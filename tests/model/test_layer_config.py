@@ -245,6 +245,11 @@ HELD_OUT: list[tuple[str, dict[str, Any], str]] = [
     ("mistral-small", {"hidden_size": None}, "hidden_size is missing"),
     ("ministral3", {"attention_bias": True}, "attention_bias"),
     ("ministral3", {"rope_parameters": {"llama_4_scaling_beta": "x"}}, "llama_4_scaling_beta"),
+    (
+        "ministral3",
+        {"rope_parameters": {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64}},
+        "llama_4_scaling_beta must be 0 where rope_type is none of llama3, yarn, longrope",
+    ),
     ("glm4", {"partial_rotary_factor": 0.51}, "partial_rotary_factor must make an even number of"),
     ("glm4", {"use_qk_norm": True}, "use_qk_norm"),
     ("glm4", {"n_routed_experts": 64}, "n_routed_experts"),
