@@ -46,6 +46,8 @@ EMBEDDING_NAME = "model.embed_tokens.weight"
 FINAL_NORM_NAME = "model.norm.weight"
 
 LAYER_NAMES = re.compile(r"model\.layers\.(\d{1,9})\.")
+# Only layers that predict tokens further ahead have it: one that lacks it is one of the model's.
+AHEAD_NAMES = re.compile(r"model\.layers\.(\d{1,9})\.(.*\.)?eh_proj\..*")
 
 # Old checkpoints store tensors that follow from config.json, rotary tables and causal masks. They
 # are ignored.
@@ -123,14 +125,17 @@ def _index(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     """
     stored: dict[str, StoredTensor] = {}
     prefixes = (MODEL_PREFIX, TEXT_PREFIX) if config.towers else (MODEL_PREFIX,)
-    for tensor in index_checkpoint(path).values():
-        name = _plain_name(tensor.name, prefixes)
+    named = [(_plain_name(it.name, prefixes), it) for it in index_checkpoint(path).values()]
+    ahead: set[str] = set()
+    if config.has_extra_layers:
+        matches = (AHEAD_NAMES.fullmatch(name) for name, _ in named)
+        ahead = {match[1] for match in matches if match and int(match[1]) >= len(config.layers)}
+    for name, tensor in named:
         if config.quantization is not None:
             name = config.quantization.plain_name(name)
         if name.removeprefix(MODEL_PREFIX).startswith(tuple(f"{it}." for it in config.towers)):
             continue
-        layer = LAYER_NAMES.match(name)
-        if config.has_extra_layers and layer and int(layer[1]) >= len(config.layers):
+        if (layer := LAYER_NAMES.match(name)) and layer[1] in ahead:
             continue
         if name in stored:
             raise CheckpointError(

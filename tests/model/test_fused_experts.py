@@ -170,6 +170,12 @@ def test_layers_that_predict_further_ahead_are_not_loaded(tmp_path: Path) -> Non
     more |= {"model.layers.3.mlp.experts.7.up_proj.weight": torch.zeros(4, 4)}
     save_file(tensors | more, tmp_path / SINGLE_FILE)
     assert torch.equal(logits(tmp_path), expected)
+    # Others are the model's own, of which config.json does not say enough.
+    del more["model.layers.3.eh_proj.weight"]
+    name = "model.layers.3.input_layernorm.weight"
+    for extra in ({name: torch.zeros(64)}, more | {"model.layers.4.eh_proj.weight": torch.ones(1)}):
+        message = refusal(tmp_path, tensors | extra)
+        assert "does not have with this config.json: model.layers.3." in message
 
 
 def test_a_router_of_another_shape_or_dtype_is_named(family: str, made: Path, folder: Path) -> None:
