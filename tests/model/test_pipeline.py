@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from tests.model.test_tensor_parallel import CPU, logits_of
 
 
 def load(
-    folder: Path, group: Group | None, load_format: str = "auto", quantization: str | None = None
+    folder: Path, group: Group | None, load_format: str = "auto", quantization: Any = None
 ) -> Decoder:
     placement = Placement(torch.float32, CPU)
     if group is not None:
