@@ -107,8 +107,8 @@ class CudaRunner:
         self._run_and_wait(largest_step(self._executor.limits))
 
     def allocate_kv(self, num_blocks: int, *, report: Report = report_nothing) -> None:
-        """Allocate the KV cache, then run every step shape once and record the small ones as CUDA
-        graphs, so that no kernel has to be loaded and no memory allocated while serving.
+        """Allocate the KV cache, then run the shapes of `warmup_steps` and record the small ones as
+        CUDA graphs, so that kernels are loaded and memory is allocated before serving.
 
         Shapes without a graph are run through only one layer of each kind: further layers would
         call the same kernels again, which takes more than a second on a large model.

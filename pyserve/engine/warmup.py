@@ -1,4 +1,4 @@
-"""Warm-up steps: artificial steps that make a device ready for every shape that can come.
+"""Warm-up steps: artificial steps that make a device ready for the shapes that can come.
 
 They start from reset slots, and no request reads what they write.
 """
@@ -13,8 +13,8 @@ from pyserve.engine.block_manager import num_blocks_for
 from pyserve.engine.graphs import graph_sizes
 from pyserve.engine.state import StepLimits
 
-# The padded sizes above MANY_TOKENS lie so close together that they call the same code, and each
-# takes long to run. Only the multiples of the second number are run before the first request.
+# Padded sizes above MANY_TOKENS are many, take long to run, and neighbours call much the same
+# kernels. So only multiples of MANY_TOKENS_MULTIPLE are run before the first request.
 MANY_TOKENS = 1024
 MANY_TOKENS_MULTIPLE = 512
 
