@@ -1,4 +1,4 @@
-"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter: names of adapters come and go."""
+"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter: add and remove LoRA adapters by name."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ LOAD, UNLOAD = Wire(LoadAdapterRequest), Wire(UnloadAdapterRequest)
 
 
 async def load_adapter(request: web.Request) -> web.StreamResponse:
-    """Serve the adapter of a folder, or of the hub, under a name, or another version of it in its
-    place."""
+    """Load an adapter from a folder or from the hub and serve it under a name.
+
+    With load_inplace it replaces the adapter that the name stands for.
+    """
     state = request.app[STATE]
     adapters = _adapters(request, state)
     body, ignored = await LOAD.read(request, state)
@@ -35,7 +37,7 @@ async def load_adapter(request: web.Request) -> web.StreamResponse:
         await adapters.load(name, path, is_reload=bool(body.load_inplace))
     except CheckpointError as error:
         raise InvalidRequestError(f"`{name[:200]}`: {error}", "lora_path") from error
-    except StartupError as error:  # no such folder, and nothing of that name on the hub
+    except StartupError as error:  # neither a folder nor a repository of the hub has this name
         get_logger().error("adapter %s: %s", name, error)
         raise NotFoundError(missing, "lora_path") from error
     get_logger().info("adapter %s: %s", name, path)
@@ -43,7 +45,7 @@ async def load_adapter(request: web.Request) -> web.StreamResponse:
 
 
 async def unload_adapter(request: web.Request) -> web.StreamResponse:
-    """Serve a name no more; requests that use its adapter go on to their end."""
+    """Stop serving a name; running requests that use its adapter finish with it."""
     state = request.app[STATE]
     adapters = _adapters(request, state)
     body, ignored = await UNLOAD.read(request, state)

@@ -1,4 +1,7 @@
-"""A Job in, an answer out, streamed or whole: the same for every endpoint that generates."""
+"""Run a Job and send its answer, streamed or whole; shared by every endpoint that uses the engine.
+
+A `Dialect` defines how an endpoint writes its answers.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +30,16 @@ from pyserve.errors import AbortedError, UnavailableError
 from pyserve.text.parts import num_chars
 
 CLAMPED_HEADER = "x-pyserve-clamped"
-LAST_WRITE_S = 10.0  # for a client to take the error of a request that took too long
-TOKEN_CHARS = 512  # what encoding the logprobs of a token takes
-NUMBER_CHARS = 16  # and a number of an embedding
-SHORT_ANSWER = 2**17  # characters encoded on the event loop: a millisecond
+LAST_WRITE_S = 10.0  # time for the client to read the error of a request that took too long
+# The cost of encoding an answer is estimated in characters of text.
+TOKEN_CHARS = 512  # for a token with its logprobs
+NUMBER_CHARS = 16  # for one number of an embedding
+SHORT_ANSWER = 2**17  # an answer of up to this size is encoded on the event loop: a millisecond
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What every object of one answer says; `created` is in seconds since 1970."""
+    """The fields that all objects of one answer share; `created` is in seconds since 1970."""
 
     id: str
     created: int
@@ -48,11 +52,12 @@ def _no_frames(head: Head, job: Job) -> stream.Frames:
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """The words of one endpoint's answers.
+    """How one endpoint writes its answers.
 
-    whole   the JSON of a whole answer.
-    frames  of a stream; what has none is never streamed.
-    keep    takes that JSON before it is sent.
+    id_prefix  begins the id of every answer.
+    whole      encodes a complete answer as JSON.
+    frames     makes the encoder of a stream; left out by endpoints that never stream.
+    keep       called with the JSON of a complete answer before it is sent, to store it.
     """
 
     id_prefix: str
@@ -62,8 +67,10 @@ class Dialect:
 
 
 class _Deadline:
-    """Ends a request that takes longer than `timeout_s`, 0 for none: with an error that says so,
-    and where the client does not even take that, by `cut`.
+    """Ends a request that takes longer than `timeout_s`; 0 means no limit.
+
+    The generation then fails with UnavailableError. If the request has still not ended LAST_WRITE_S
+    later, as its client does not read, `cut` is called.
     """
 
     def __init__(self, generation: Generation, timeout_s: float, cut: Callable[[], None]) -> None:
@@ -85,7 +92,7 @@ class _Deadline:
 
 
 def _size(choice: Choice) -> int:
-    """What encoding a choice takes, in characters of text."""
+    """The estimated cost of encoding a choice as JSON, in characters of text."""
     num_tokens = sum(len(part.tokens) for part in choice.parts)
     if choice.words is not None:
         num_tokens += len(choice.stream.prompt_logprobs)
@@ -102,11 +109,12 @@ async def generating(
     arrived_s: float,
     cut: Callable[[], None],
 ) -> AsyncIterator[Generation]:
-    """`job`, submitted; at the end what still runs of it is aborted, and it is accounted for.
+    """Submit `job`; on leaving the context abort what still runs, and update metrics and log.
 
-    cut  what to do where it takes too long, and what waits for it does not go on.
+    arrived_s  when the request arrived, on time.monotonic's clock.
+    cut        called if the request has not ended LAST_WRITE_S after its time limit.
 
-    Raises RequestError where it is not taken.
+    Raises RequestError if the job is refused.
     """
     state = request.app[STATE]
     if request.get(IS_BACKGROUND):
@@ -124,7 +132,7 @@ async def generating(
         state.request_log.arrived(request, generation)
         yield generation
     except (AbortedError, ConnectionError):
-        raise  # the operator has ended it, or the client has gone
+        raise  # the operator has aborted the request or the client has disconnected: "abort"
     except Exception:
         reason = "error"
         raise
@@ -145,7 +153,7 @@ async def generating(
 
 
 async def _acquired(state: ServerState, engine: EngineClient, job: Job) -> Adapter | None:
-    """The version of the adapter that all sequences of `job` use; None: the base model alone."""
+    """Acquire the adapter version that all sequences of `job` use; None for the base model."""
     name = state.adapter_named(job.model)
     if name is None or engine.adapters is None or not job.is_run:
         return None
@@ -155,7 +163,7 @@ async def _acquired(state: ServerState, engine: EngineClient, job: Job) -> Adapt
 async def answer(
     request: web.Request, engine: EngineClient, job: Job, dialect: Dialect, *, arrived_s: float
 ) -> web.StreamResponse:
-    """Run `job`. Raises RequestError before the status is sent."""
+    """Run `job` and answer the request. Raises RequestError before the HTTP status is sent."""
     head = make_head(request, job, dialect.id_prefix)
     headers = answer_headers(job)
 
@@ -165,7 +173,7 @@ async def answer(
 
     running = generating(request, engine, job, arrived_s=arrived_s, cut=cut)
     async with running as generation:
-        if not job.is_run:  # no queue bounds it
+        if not job.is_run:  # it bypasses the engine's queue, so its size is checked here
             num_echoed = sum(len(choice.prefix) for choice in generation.choices)
             connection_of(request).check_unread(num_echoed)
         if job.is_streamed:
@@ -178,7 +186,7 @@ async def answer(
 
 
 def make_head(request: web.Request, job: Job, id_prefix: str) -> Head:
-    """What all objects of the answer to `job` say."""
+    """The Head of the answer to `job`."""
     return Head(
         id=id_prefix + (job.request_id or current_request_id.get()),
         created=int(time.time()),
@@ -187,7 +195,7 @@ def make_head(request: web.Request, job: Job, id_prefix: str) -> Head:
 
 
 def answer_headers(job: Job) -> dict[str, str]:
-    """Those that tell what became of fields of the request."""
+    """The response headers that report ignored fields, merged messages and a clamped limit."""
     headers = ignored_header(job.ignored) | merged_header(job.merged)
     if job.clamped:
         headers[CLAMPED_HEADER] = job.clamped
@@ -197,7 +205,7 @@ def answer_headers(job: Job) -> dict[str, str]:
 async def encode_whole(
     request: web.Request, generation: Generation, encode: Callable[[], bytes]
 ) -> bytes:
-    """The JSON of a generation that has ended, on a thread where that takes long."""
+    """Encode a generation that has ended with `encode`, on a worker thread if that takes long."""
     size = sum(map(_size, generation.choices))
     state = request.app[STATE]
     return await state.run_text(request, size, encode, short=SHORT_ANSWER, is_answer=True)

@@ -1,4 +1,4 @@
-"""/v1/batches: a file of requests, answered in the back row while others are answered at once."""
+"""/v1/batches: files of requests that are answered in the background and give way to all others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Beam search as requests ask for it: its fields, and what cannot stand beside them."""
+"""The request fields of beam search, and the checks of fields that cannot be combined with it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pyserve.client import Constraint
 from pyserve.errors import InvalidRequestError
 from pyserve.params import SamplingParams, shown
 
-# What sampling alone needs.
+# Fields that only affect sampling: with beam search they are reported as ignored.
 WITHOUT_EFFECT = ("temperature", "top_p", "top_k", "min_p", "seed")
-# What changes how likely a token is: field -> values, beside null, that ask for nothing.
+# Fields that are refused with beam search -> the values, besides null, that do not use them.
 REFUSED: dict[str, tuple[object, ...]] = {
     "stream": (False,),
     "repetition_penalty": (1.0,),
@@ -27,7 +27,7 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "allowed_token_ids": (),
     "bad_words": ([],),
 }
-# Whatever else makes a constraint: the first of them that is given is named.
+# Fields that can make a constraint, which is refused too; the error names the first that is given.
 CONSTRAINING = (
     "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
     "thinking_token_budget", "response_format", "tool_choice", "tools",
@@ -41,10 +41,11 @@ def read_beam(
     make_constraint: Callable[[], Constraint | None],
     ignored: list[str],
 ) -> BeamSearch | None:
-    """The search that is asked for; None: none is.
+    """Read and check the fields of beam search; None if the request does not use it.
 
-    width    n, or best_of where that is given.
-    ignored  takes the names of fields that have no effect.
+    width            number of beams: best_of, or n if best_of is not given.
+    make_constraint  makes the constraint of an answer, or None; beam search allows none.
+    ignored          collects the names of fields that have no effect.
 
     Raises InvalidRequestError naming the field.
     """
@@ -81,7 +82,10 @@ def check_beam_work(
     params: Sequence[SamplingParams],
     limit_name: str,
 ) -> None:
-    """Refuse a search that could take too long, naming the field that limits the output."""
+    """Refuse a beam search that could process more than MAX_BEAM_TOKENS tokens.
+
+    limit_name  the field that limits the output, which the InvalidRequestError names.
+    """
     if beam is None:
         return
     num_tokens = sum(

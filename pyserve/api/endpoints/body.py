@@ -1,4 +1,4 @@
-"""A request body: bytes -> checked wire type, plus the names of the fields that have no effect."""
+"""Request bodies: JSON bytes -> a wire type, and the names of the fields that have no effect."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from pyserve.features import Field, fields_of
 
 IGNORED_HEADER = "x-pyserve-ignored"
 MERGED_HEADER = "x-pyserve-merged"
-SHORT_BODY_BYTES = 2**16  # decoded on the event loop: a few milliseconds at worst
-UTF8_PIECE_BYTES = 2**20
+SHORT_BODY_BYTES = 2**16  # up to this size a body is decoded on the event loop: a few ms at worst
+UTF8_PIECE_BYTES = 2**20  # checked at a time, so that other threads can run in between
 
 T = TypeVar("T", bound=msgspec.Struct)
 
 _utf8_decoder = codecs.getincrementaldecoder("utf-8")
-_PATH = re.compile(r" - at `\$\.?([^`]*)`$")
+_PATH = re.compile(r" - at `\$\.?([^`]*)`$")  # the place of the error in a message of msgspec
 
 
 class Wire(Generic[T]):
-    """Decodes one request type; a Decoder is built once, as msgspec compiles the type."""
+    """Decodes the bodies of one request type. Build one per type: msgspec compiles the type."""
 
     def __init__(self, wire_type: type[T]) -> None:
         self._decoder = msgspec.json.Decoder(wire_type, float_hook=any_json.read_float)
@@ -42,11 +42,13 @@ class Wire(Generic[T]):
     async def read(
         self, request: web.Request, state: ServerState, *, max_list_ids: int = 0
     ) -> tuple[T, list[str]]:
-        """The request of an HTTP body and the names of its fields that have no effect.
+        """Read and decode the body of `request`.
 
-        max_list_ids  how many token ids one list may need, as check_structure has it.
+        max_list_ids  how many token ids one list may hold; see json_size.check_structure.
 
-        Raises RequestError: not JSON, a wrong type, too large, a field that is not built.
+        Returns the decoded request and the names of its fields that have no effect. Raises
+        RequestError if the body is not JSON, has a wrong type, is too large or has a field that is
+        not built.
         """
         _check_content_type(request)
         if request.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
@@ -56,8 +58,8 @@ class Wire(Generic[T]):
             return await state.run_text(request, len(body), decode, short=SHORT_BODY_BYTES)
 
     def decode(self, body: bytes, *, max_list_ids: int = 0) -> tuple[T, list[str]]:
-        """As `read`, from the bytes."""
-        body = body.removeprefix(codecs.BOM_UTF8)  # Windows puts one before JSON
+        """Decode the bytes of a body; returns and raises as `read`."""
+        body = body.removeprefix(codecs.BOM_UTF8)  # programs on Windows may write one before JSON
         try:
             check_structure(body, max_list_ids)
             value, ignored = self._decode(body)
@@ -73,23 +75,31 @@ class Wire(Generic[T]):
         except msgspec.DecodeError as error:
             raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
         if len(body) > SHORT_BODY_BYTES:
-            # What nobody looks at would be kept for as long as the answer takes.
+            # Drop the values of fields that are not built: large ones would otherwise stay in
+            # memory until the answer ends.
             value = msgspec.structs.replace(value, **self._unused)
         return value, ignored.names
 
     def _decode(self, body: bytes) -> tuple[T, Names]:
-        """The value and the names of its unknown fields. An ordinary body is decoded once."""
+        """Decode strictly; a body that fails for a tolerable reason is decoded again leniently.
+
+        Returns the value and the names of its unknown fields.
+        """
         unknown = Names()
         try:
             return self._decoder.decode(body), unknown
         except msgspec.DecodeError as error:
-            _check_utf8(body)  # msgspec has stopped at its own error, maybe before this one
+            # msgspec stops at its first error, so bytes behind it may still be invalid UTF-8.
+            _check_utf8(body)
             if not isinstance(error, msgspec.ValidationError) or not is_for_here(error):
                 raise
         return self._lenient.decode(body, unknown), unknown
 
     def _check_built(self, value: T, body: bytes, ignored: Names) -> None:
-        """Refuse what is not built and asks for something, name what has no effect."""
+        """Refuse fields that are not built, and name those without effect in `ignored`.
+
+        A field whose value is neutral, that is, requests nothing, is neither refused nor named.
+        """
         refused = []
         for name, row in self._rows.items():
             said = getattr(value, name)
@@ -99,17 +109,17 @@ class Wire(Generic[T]):
                 ignored.add(name)
             else:
                 refused.append(name)
-        if refused:  # the first in the client's order
+        if refused:  # the error names the one that comes first in the client's body
             name = next(name for name in any_json.decode(body) if name in refused)
             check_built(self._rows[name], getattr(value, name), name)
 
 
 def _check_content_type(request: web.Request) -> None:
-    """Refuse any Content-Type but JSON. None at all will do, unless a foreign web page asks.
+    """Refuse a Content-Type other than JSON. It may be missing, unless another host's page asks.
 
-    A browser sends a page's request without that header at once. With it the browser first asks
-    this server whether the page may (http/cors.py). Else any page could run prompts through its
-    visitors' browsers.
+    A browser sends such a page's request without asking this server first, unless its Content-Type
+    is JSON: then it sends a CORS preflight, which http/cors.py answers. Without this check any web
+    page could run prompts through its visitors' browsers.
     """
     default = "" if is_foreign_page(request) else "application/json"
     content_type = request.headers.get("Content-Type", default)
@@ -118,7 +128,7 @@ def _check_content_type(request: web.Request) -> None:
 
 
 def check_built(row: Field, value: object, path: str) -> None:
-    """Refuse the value of a field that is not built unless it asks for nothing."""
+    """Raise NotBuiltError for a field that is not built, unless its value is neutral."""
     if not row.is_neutral(value):
         raise NotBuiltError(
             f"{path} is not built yet in pyserve {__version__}, {row.instead}", path
@@ -126,7 +136,7 @@ def check_built(row: Field, value: object, path: str) -> None:
 
 
 def ignored_header(names: list[str]) -> dict[str, str]:
-    """The header that names fields without effect; none where there are none."""
+    """The response header that lists fields without effect; empty if there are none."""
     if not names:
         return {}
     unique = sorted(set(names))
@@ -137,12 +147,12 @@ def ignored_header(names: list[str]) -> dict[str, str]:
 
 
 def merged_header(merged: str) -> dict[str, str]:
-    """The header that says what was done to the order of messages; none where nothing was."""
+    """The response header that says how messages were merged; empty if they were not."""
     return {MERGED_HEADER: merged} if merged else {}
 
 
 def _check_utf8(body: bytes) -> None:
-    """Raises UnicodeDecodeError. In pieces, so that other threads get their turn."""
+    """Raise UnicodeDecodeError if `body` is not UTF-8."""
     decoder = _utf8_decoder()
     for start in range(0, len(body), UTF8_PIECE_BYTES):
         decoder.decode(body[start : start + UTF8_PIECE_BYTES])
@@ -150,7 +160,7 @@ def _check_utf8(body: bytes) -> None:
 
 
 def _check_counts(messages: list[Message] | None) -> None:
-    """Refuse too many messages or parts, before anything is done to each of them."""
+    """Refuse too many messages or content parts, before any work is done for each of them."""
     messages = messages or []
     if len(messages) > MAX_MESSAGES:
         raise InvalidRequestError(
@@ -164,7 +174,7 @@ def _check_counts(messages: list[Message] | None) -> None:
 
 
 def _check_bias(bias: dict[str, Any] | None) -> None:
-    """Refuse values that are no numbers; the limit on how many there may be is sampling's."""
+    """Refuse values that are not numbers; sampling.py limits how many entries there may be."""
     try:
         msgspec.convert(bias, dict[str, float] | None)
     except msgspec.ValidationError as error:
@@ -172,7 +182,10 @@ def _check_bias(bias: dict[str, Any] | None) -> None:
 
 
 def wrong_type(error: msgspec.ValidationError, prefix: str = "") -> InvalidRequestError:
-    """What a decoder has found wrong, by the name of the field; `prefix`: where the value was."""
+    """Turn an error of msgspec into an InvalidRequestError that names the field.
+
+    prefix  the place of the decoded value in the body, if it is not the body itself.
+    """
     text = str(error).replace("Object", "the body")
     match = _PATH.search(text)
     path = match.group(1) if match else ""

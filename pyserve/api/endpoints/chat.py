@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: messages -> Job, parts -> chat objects."""
+"""POST /v1/chat/completions: messages -> Job; parts of the answer -> chat completion objects."""
 
 from __future__ import annotations
 
@@ -81,10 +81,13 @@ class ChatFrames(OpenAIFrames):
 
     def __init__(self, head: Head, job: Job) -> None:
         super().__init__(head, job)
-        self._callers: set[int] = set()  # choices that have called a tool
+        self._callers: set[int] = set()  # indices of the choices that have called a tool
 
     def first(self, choice: Choice) -> bytes:
-        """Whose message it is, before any token of it is counted."""
+        """The chunk that opens a choice: it has the role, and no output token is counted yet.
+
+        It also has the token ids and text of the prompt, if the request asked for them.
+        """
         entry = ChatChunkChoice(
             index=choice.index,
             delta=ChatDelta(role="assistant", content=""),
@@ -105,7 +108,7 @@ class ChatFrames(OpenAIFrames):
         return self.chunk([entry], usage=usage, prompt_token_ids=ids, prompt_text=text)
 
     def entry(self, choice: Choice, part: Part | None, *, is_last: bool = False) -> ChatChunkChoice:
-        """The element of `choices` that has one part more, or the last one, if one is left."""
+        """The element of `choices` for one more part; see OpenAIFrames.entry."""
         if isinstance(part, ToolCall):
             self._callers.add(choice.index)
         has_called = choice.index in self._callers
@@ -122,7 +125,7 @@ class ChatFrames(OpenAIFrames):
 
 
 class FunctionFrames(ChatFrames):
-    """The same, of answers that call a function and not a tool."""
+    """Chunks of a request that uses the old `functions`: a call is `function_call`."""
 
     def entry(self, choice: Choice, part: Part | None, *, is_last: bool = False) -> ChatChunkChoice:
         entry = super().entry(choice, part, is_last=is_last)
@@ -137,7 +140,7 @@ def _delta(part: Part | None, *, has_called: bool) -> ChatDelta:
         return ChatDelta(content=part.text)
     if isinstance(part, Reasoning):
         return ChatDelta(reasoning=part.text, reasoning_content=part.text)
-    if part is None:  # a message with calls has null for content that is empty
+    if part is None:  # after a call the content stays null: no empty text may be sent
         return ChatDelta() if has_called else ChatDelta(content="")
     function = FunctionDelta(
         name=UNSET if part.name is None else part.name, arguments=part.arguments
@@ -149,6 +152,7 @@ def _delta(part: Part | None, *, has_called: bool) -> ChatDelta:
 
 
 def _finish_reason(choice: Choice, *, has_called: bool) -> str | None:
+    """The finish reason; `call_reason` instead of "stop" if the answer has called a tool."""
     if has_called and choice.finish_reason == "stop":
         return choice.ending.call_reason
     return choice.finish_reason
@@ -169,7 +173,7 @@ def _message(parts: list[Part]) -> ChatMessage:
 
 
 def _tokens(choice: Choice, tokens: Sequence[Told]) -> tuple[ChatLogprobs | None, list[int] | None]:
-    """What is told of tokens: their logprobs, and their ids."""
+    """The logprobs and the ids of tokens, each None if the request did not ask for them."""
     words = choice.words
     if words is None or not tokens:
         return None, None
@@ -190,6 +194,7 @@ def _choice(choice: Choice) -> ChatChoice:
 
 
 def _function_choice(choice: Choice) -> ChatChoice:
+    """As `_choice`, for a request that uses the old `functions`."""
     told = _choice(choice)
     if not told.message.tool_calls:
         return told

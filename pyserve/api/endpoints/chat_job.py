@@ -1,7 +1,7 @@
-"""A chat -> Job: one road for every dialect that is a conversation.
+"""A ChatRequest -> Job: the common path of all conversation APIs.
 
-A dialect other than chat completions puts what it is asked into a ChatRequest, whose fields are the
-conversation model of the server, and the answer's parts into its own words.
+The Messages and Responses APIs translate their requests into a ChatRequest, make the Job from it
+here, and write the parts of the answer in their own format.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ async def chat_job(
     *,
     ignored: list[str],
 ) -> Job:
-    """The Job of the chat `body`, which `request` holds in its dialect.
+    """Make the Job of the chat `body`.
 
-    ignored  fields that are known to have no effect.
+    request  the HTTP request that `body` comes from, in whatever API it was sent to.
+    ignored  names of fields that are already known to have no effect.
 
-    Raises InvalidRequestError and NotBuiltError naming the field of `body`, ChatTemplateError.
+    Raises InvalidRequestError and NotBuiltError naming the field of `body`, ChatTemplateError, and
+    QueueFullError or UnavailableError if work on a thread is refused.
     """
     max_tokens = body.max_completion_tokens or body.max_tokens or 1
     has_auto = state.config.enable_auto_tool_choice
@@ -68,7 +70,9 @@ async def chat_job(
     else:
         makes_grammar = held.makes(free_until)
     prompt = conversation.prompt
-    if makes_grammar is unconstrained:  # else the answer has a form of its own
+    # Without a reasoning parser, the answer shows the <think> that the template wrote at the end of
+    # the prompt. A grammar prescribes the whole answer, so nothing may be put before it.
+    if makes_grammar is unconstrained:
         prompt = replace(prompt, echo=prompt.echo + conversation.opened)
     tokens = read_chat_tokens(body, state, loaded, ignored)
     job = await make_job(

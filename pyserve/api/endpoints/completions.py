@@ -1,4 +1,4 @@
-"""POST /v1/completions: text or token-id prompts -> Job, parts -> text_completion objects."""
+"""POST /v1/completions: text or token-id prompts -> Job; parts of the answer -> text_completion."""
 
 from __future__ import annotations
 
@@ -83,7 +83,10 @@ def _read_prompts(
     prompt: prompts.PromptField,
     cut: prompts.Truncation | None,
 ) -> list[Prompt]:
-    """Token ids of every prompt, and with `echo` its text."""
+    """Tokenise every prompt; with `echo`, each Prompt also has the text that its answers repeat.
+
+    Raises InvalidRequestError.
+    """
     tokenizer = loaded.tokenizer
     skip = body.skip_special_tokens is not False
     token_ids = prompts.read_token_ids(
@@ -112,7 +115,10 @@ def _read_prompts(
 def _offsets(
     tokenizer: Tokenizer, token_ids: list[int], num_chars: int, skip_special_tokens: bool
 ) -> list[int]:
-    """Where the text of each token of a prompt begins in it, which has so many characters."""
+    """For each token the position, in characters, where its text begins in the prompt's text.
+
+    num_chars  length of the prompt's text, which no offset exceeds.
+    """
     detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
     offsets, end = [], 0
     for token_id in token_ids:
@@ -128,12 +134,12 @@ class CompletionFrames(OpenAIFrames):
 
     def __init__(self, head: Head, job: Job) -> None:
         super().__init__(head, job)
-        self._begun: set[int] = set()  # choices whose prompt's ids have been shown
+        self._begun: set[int] = set()  # indices of the choices that have sent their prompt's ids
 
     def entry(
         self, choice: Choice, part: Part | None, *, is_last: bool = False
     ) -> CompletionChunkChoice:
-        """The element of `choices` that has one part more, or the last one, if one is left."""
+        """The element of `choices` for one more part; see OpenAIFrames.entry."""
         assert part is None or isinstance(part, Content), "a completion is content only"
         text = "" if part is None else part.text
         logprobs = prompt_token_ids = token_ids = None

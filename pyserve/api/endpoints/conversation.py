@@ -1,7 +1,8 @@
-"""Messages -> token ids, by a chat template: the same for a chat and for /tokenize.
+"""Messages -> prompt token ids through a chat template, for chats and for /tokenize alike.
 
-A template is code: it runs on the event loop for as long as a prompt of a few messages takes, and
-where it takes longer it starts over on a thread, with its time and sizes limited (text/).
+A template is code and may run long. Short conversations are first rendered on the event loop with
+a time limit of SHORT_RENDER_S; if that is exceeded, rendering starts over on a worker thread.
+text/template_limits.py bounds the time and sizes of every rendering.
 """
 
 from __future__ import annotations
@@ -49,19 +50,21 @@ from pyserve.text.template_probe import REASONING
 from pyserve.text.told_tools import calls_in_words, in_words
 from pyserve.text.tool_parsers.registry import JSON_FORMAT, ToolFormat
 
-MESSAGE_CHARS = 32  # what rendering a message costs, in characters of text
-SHORT_RENDER_S = 0.02  # on the event loop
-MAX_TEMPLATES = 8  # of requests, kept compiled
+MESSAGE_CHARS = 32  # cost of rendering a message besides its text, in characters of text
+SHORT_RENDER_S = 0.02  # time limit of a rendering on the event loop
+MAX_TEMPLATES = 8  # compiled templates from requests that are cached
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """The prompt of a chat.
 
-    ignored  names of fields that the template does not look at.
-    opening  where the prompt leaves the thinking of the answer.
-    opened   the marker with which the template has opened it, where no parser reads the answer.
-    merged   what was done to the order of the messages, as turn_order.in_order has it.
+    ignored  names of fields without effect, mostly as the template does not use them.
+    opening  whether the prompt leaves the answer inside reasoning ("open"), behind it ("closed") or
+             neither ("unsaid").
+    opened   the <think> marker that ends the prompt if there is no reasoning parser; "" if the
+             prompt does not end with one.
+    merged   how messages were merged or reordered; see text/turn_order.in_order.
     """
 
     prompt: Prompt
@@ -80,12 +83,14 @@ async def read_conversation(
     max_tokens: int,
     tools: ToolUse,
 ) -> Conversation:
-    """The prompt that a chat template makes of the messages of `body`, which `request` holds.
+    """Render the messages of `body` with a chat template and tokenise the result.
 
-    max_tokens  of the answer, for which truncate_prompt_tokens -1 leaves room.
-    tools       those of `body`; what their calls are marked with is shown in the answer.
+    request     the HTTP request that `body` comes from.
+    max_tokens  output tokens for which truncate_prompt_tokens -1 leaves room.
+    tools       the tools of `body`. Special tokens that mark calls in their format stay visible in
+                the answer's text, where the tool parser looks for them.
 
-    Raises InvalidRequestError naming the field, ChatTemplateError.
+    Raises InvalidRequestError and NotBuiltError naming the field, ChatTemplateError.
     """
     messages = body.messages or []
     if not messages:
@@ -159,7 +164,7 @@ def _encode(
     cut: prompts.Truncation | None,
     time_limit_s: float,
 ) -> tuple[list[int], str]:
-    """The prompt, and what was done to the order of the messages."""
+    """The token ids of the prompt, and how messages were merged or reordered (see in_order)."""
     plain = [_plain(message, f"messages[{i}]", loaded.tools) for i, message in enumerate(messages)]
     plain = _told(plain, template, tools, loaded.tools)
     continues = bool(body.continue_final_message)
@@ -186,7 +191,9 @@ def _encode(
         prompts.check_may_fit(loaded.tokenizer, text, max_model_len=max_model_len, param="messages")
     else:
         prompts.check_size(len(text), max_model_len=max_model_len, param="messages")
-    max_tokens = max(max_model_len, prompts.PIECE_CHARS)  # shorter text was not counted yet
+    # check_may_fit does not count texts of up to PIECE_CHARS characters, so these may make more
+    # tokens than the context; for a chat, sampling.Resolver refuses such a prompt later.
+    max_tokens = max(max_model_len, prompts.PIECE_CHARS)
     if cut is not None:
         max_tokens = prompts.max_tokenize_tokens(max_model_len)
     ids = loaded.tokenizer.encode_chat(
@@ -213,7 +220,7 @@ def _prompt(
     tools: ToolUse,
     token_ids: list[int],
 ) -> Prompt:
-    """What is submitted, and what of it the answers show."""
+    """The Prompt of the job. A TokenizeRequest needs only its token ids."""
     tokenizer = loaded.tokenizer
     if not isinstance(body, ChatRequest):
         return Prompt(token_ids, "", Detokenizer(tokenizer, token_ids, skip_special_tokens=True))
@@ -231,7 +238,7 @@ def _prompt(
 
 
 def _marker_ids(loaded: Loaded, tools: ToolUse) -> frozenset[int]:
-    """Special tokens that the text of an answer shows to its parsers."""
+    """Special tokens that stay in an answer's text, so that its parsers can find their markers."""
     ids: frozenset[int] = frozenset()
     if loaded.reasoning is not None:
         ids |= loaded.reasoning.marker_ids
@@ -241,7 +248,7 @@ def _marker_ids(loaded: Loaded, tools: ToolUse) -> frozenset[int]:
 
 
 def _not_shown(template: ChatTemplate, messages: list[Message], tools: ToolUse) -> list[str]:
-    """The names of fields of messages that the template does not show."""
+    """Names of the messages' fields that do not appear in the prompt."""
     has_tools = bool(tools.shown)
     without_effect = {
         "messages.name": lambda m: m.name and not template.shows_name(m.role, has_tools=has_tools),
@@ -257,9 +264,10 @@ def _told(
     tools: ToolUse,
     format: ToolFormat | None,
 ) -> list[dict[str, Any]]:
-    """Messages with tools, their calls and results in words, where the template shows no such.
+    """Write tools, their calls and results into the messages' texts if the template shows none.
 
-    format  the server's, that earlier calls were in.
+    messages  as `_plain` makes them; returned as they are if the template can show everything.
+    format    the server's tool format, in which calls of earlier turns are written; None: JSON.
     """
     if tools.shown:
         if not template.unused(["tools"], has_tools=True):
@@ -274,7 +282,7 @@ def _told(
 
 
 def _effort_kwargs(effort: str | None) -> dict[str, Any]:
-    """What vLLM makes of reasoning_effort: variables that a template may look at."""
+    """The template variables that reasoning_effort sets, as in vLLM."""
     if effort is None:
         return {}
     if effort not in EFFORTS:
@@ -286,7 +294,10 @@ def _effort_kwargs(effort: str | None) -> dict[str, Any]:
 
 
 def _own_template(state: ServerState, source: str | None) -> str | None:
-    """The request's own template, where the server takes such."""
+    """The chat template of a request, checked; None if it has none.
+
+    Raises InvalidRequestError if the server does not accept templates or this one is too long.
+    """
     if source is None:
         return None
     if not state.config.trust_request_chat_template:
@@ -312,14 +323,14 @@ def _compile(template: ChatTemplate, source: str) -> ChatTemplate:
 
 
 def _check_messages(messages: list[Message]) -> int:
-    """Bound the arguments of calls; returns the characters in messages."""
+    """Check the tool calls in messages; returns the number of characters in all messages."""
     check_calls(messages)
     num_chars = _measure(arguments_in(messages), "messages", limit=MAX_SCHEMA_NESTING)
     return num_chars + sum(map(_num_chars, messages))
 
 
 def _check_kwargs(kwargs: Mapping[str, Any]) -> int:
-    """Bound chat_template_kwargs; returns the characters in them."""
+    """Check the limits of chat_template_kwargs; returns the number of characters in them."""
     name = "chat_template_kwargs"
     if len(kwargs) > MAX_TEMPLATE_KWARGS:
         raise InvalidRequestError(
@@ -334,7 +345,7 @@ def _check_kwargs(kwargs: Mapping[str, Any]) -> int:
 
 
 def _check_documents(documents: list[str | dict[str, Any]]) -> int:
-    """Bound documents; returns the characters in them."""
+    """Check the limits of documents; returns the number of characters in them."""
     if len(documents) > MAX_DOCUMENTS:
         raise InvalidRequestError(
             f"documents has {len(documents)} entries, the limit is {MAX_DOCUMENTS}", "documents"
@@ -343,7 +354,11 @@ def _check_documents(documents: list[str | dict[str, Any]]) -> int:
 
 
 def _measure(value: object, name: str, *, limit: int = MAX_NESTING, depth: int = 0) -> int:
-    """Characters and values in JSON-like data that is not nested deeper than `limit`."""
+    """The size of JSON-like data: its characters, with one for each value that is no string.
+
+    Raises InvalidRequestError naming the field `name` if the data is nested deeper than `limit`
+    or holds an integer of more than 64 bits.
+    """
     if depth > limit:
         raise InvalidRequestError(f"{name} is nested deeper than {limit}", name)
     inner = partial(_measure, name=name, limit=limit, depth=depth + 1)
@@ -357,9 +372,10 @@ def _measure(value: object, name: str, *, limit: int = MAX_NESTING, depth: int =
 
 
 def _plain(message: Message, path: str, format: ToolFormat | None) -> dict[str, Any]:
-    """What the template gets to see: the role, the text or its parts, the name and the calls.
+    """A message as ChatTemplate takes it; ChatTemplate checks the content parts itself.
 
-    Parts are checked by ChatTemplate.
+    path    the message's place in the request, such as "messages[0]", which errors name.
+    format  the server's tool format, which may restrict the ids of calls.
     """
     if message.role not in ROLES:
         raise InvalidRequestError(
@@ -384,6 +400,7 @@ def _plain(message: Message, path: str, format: ToolFormat | None) -> dict[str, 
 
 
 def _texts(message: Message) -> list[str]:
+    """The texts in the content of a message, one for each part."""
     content = message.content
     if content is None or isinstance(content, str):
         return [content or ""]
@@ -398,7 +415,7 @@ def _num_chars(message: Message) -> int:
 def _unshown_reasoning(
     template: ChatTemplate, messages: list[Message], *, has_tools: bool
 ) -> list[str]:
-    """Names of the fields with thinking that the template does not look at."""
+    """Names of the messages' reasoning fields that do not appear in the prompt."""
     is_shown = template.shows_reasoning(has_tools=has_tools)
     return [
         f"messages.{name}"
@@ -408,4 +425,5 @@ def _unshown_reasoning(
 
 
 def _echo(message: Message) -> str:
+    """The text of an assistant's message; "" for any other role."""
     return "\n".join(_texts(message)) if message.role == "assistant" else ""

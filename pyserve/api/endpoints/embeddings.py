@@ -1,4 +1,4 @@
-"""POST /v1/embeddings: texts or token ids -> vectors, as numbers or as base64 of float32."""
+"""POST /v1/embeddings: texts or token ids -> vectors, as JSON numbers or base64 of float32."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ from pyserve.client import PoolingInfo
 from pyserve.errors import InvalidRequestError
 from pyserve.params import shown
 
-if TYPE_CHECKING:  # the port opens before anything as slow to import as numpy
+if TYPE_CHECKING:  # numpy is slow to import, and the server opens its port before that
     import numpy as np
     from numpy.typing import NDArray
 
 WIRE = Wire(EmbeddingRequest)
-NO_DATA = b'"data":[]'  # as an answer without vectors has it, and no text of JSON
-GROUP = 128  # vectors whose numbers are there at a time, 13 MB of them at 4,096 numbers each
-MIN_LENGTH = 1e-12  # a vector is divided by at least that, as torch's normalize does
+# Encoded JSON without vectors contains this once. No string can contain it: quotes are escaped.
+NO_DATA = b'"data":[]'
+GROUP = 128  # vectors held as Python numbers at a time: 13 MB for vectors of 4,096 numbers
+MIN_LENGTH = 1e-12  # smallest divisor when a vector is normalised, as in torch's normalize
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How embeddings are given.
+    """The form in which a request wants its embeddings.
 
-    dimensions     that are kept, the first ones.
-    is_normalized  what is kept is divided by its length.
+    dimensions     only so many numbers are kept, from the start of the vector.
+    is_normalized  the kept numbers are divided by their Euclidean length.
+    is_base64      the vector is the base64 of little-endian float32, else a list of numbers.
     """
 
     dimensions: int
@@ -46,6 +48,7 @@ class Form:
     is_base64: bool
 
     def apply(self, pooled: NDArray[np.float32]) -> list[float] | str:
+        """The embedding of `pooled`, float32 [width], in this form."""
         vector = pooled[: self.dimensions]
         if self.is_normalized:
             length = float(vector.astype("f8") @ vector.astype("f8")) ** 0.5
@@ -57,7 +60,7 @@ class Form:
 
 
 async def embeddings(request: web.Request) -> web.StreamResponse:
-    """A vector for each text."""
+    """Answer with one vector for each text."""
     arrived_s = time.monotonic()
     state = request.app[STATE]
     loaded = state.model_with_room(request, "embed")
@@ -81,7 +84,7 @@ async def embeddings(request: web.Request) -> web.StreamResponse:
 
 
 def _read_form(body: EmbeddingRequest, pooling: PoolingInfo) -> Form:
-    """Raises InvalidRequestError naming the field."""
+    """Read the fields that choose the form. Raises InvalidRequestError naming the field."""
     encoding = body.encoding_format or "float"
     if encoding not in ENCODINGS:
         raise InvalidRequestError(
@@ -104,9 +107,11 @@ def _read_form(body: EmbeddingRequest, pooling: PoolingInfo) -> Form:
 
 
 def _encode(form: Form, head: Head, generation: Generation) -> bytes:
-    """One vector after the other: as numbers of Python all of them would take hundreds of
-    megabytes, and their text, 166 MB at most, would be put together with the interpreter's lock
-    held for 0.1 s."""
+    """Encode the answer as JSON, vector by vector.
+
+    All vectors together would take hundreds of megabytes as Python numbers, and encoding them in
+    one call, up to 166 MB of text, would hold the interpreter's lock for 0.1 s.
+    """
     around = EmbeddingResponse(
         id=head.id, created=head.created, model=head.model, data=[], usage=generation.usage()
     )
@@ -115,9 +120,9 @@ def _encode(form: Form, head: Head, generation: Generation) -> bytes:
     answer.write(before + NO_DATA[:-1])
     choices = generation.choices
     for start in range(0, len(choices), GROUP):
-        # What numpy does gives the interpreter's lock away for moments that are too short for who
-        # waits for it, and puts off that he may ask for it. Encoding a group of them keeps it for
-        # longer than the 5 ms after which he gets it.
+        # numpy's calls release the interpreter's lock so briefly that a waiting thread does not get
+        # it, but each release restarts the 5 ms after which that thread can demand it. Encoding a
+        # group afterwards holds the lock for more than 5 ms, so waiting threads do get their turn.
         group = [_embedding(form, choice) for choice in choices[start : start + GROUP]]
         for number, embedding in enumerate(group, start):
             answer.write(b"," if number else b"")

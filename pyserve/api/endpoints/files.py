@@ -1,4 +1,4 @@
-"""/v1/files: what batches read and write, streamed to and from the folder of --batch-dir."""
+"""/v1/files: input and output files of batches, streamed to and from the folder of --batch-dir."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from pyserve.api.state import STATE
 from pyserve.api.wire.batches import FileDeleted, FileList, FileObject
 from pyserve.errors import BodyTooLargeError, BodyTooLateError, InvalidRequestError
 
-OF_THE_FORM = 2**16  # bytes of a form beside its file
-SILENCE_S = 30.0  # of an upload
-CHUNK_BYTES = 2**18  # written at once
-MAX_FILENAME_CHARS = 255
-MAX_FIELD_BYTES = 1024
+OF_THE_FORM = 2**16  # allowance for the form's bytes besides the file, in the Content-Length check
+SILENCE_S = 30.0  # an upload fails if no data has come for so long
+CHUNK_BYTES = 2**18  # read from or written to disk at once
+MAX_FILENAME_CHARS = 255  # a longer name is cut
+MAX_FIELD_BYTES = 1024  # of a form field that is not the file
 MAX_PARTS = 16
-MAX_LINES = 1024  # of a form, beside what is in its parts
-MAX_LISTED, LISTED = 10_000, 100
+MAX_LINES = 1024  # lines of the form outside its parts' contents
+MAX_LISTED, LISTED = 10_000, 100  # limit and default for the entries of one listing
 
 
 class _Named(Protocol):
@@ -43,7 +43,10 @@ N = TypeVar("N", bound=_Named)
 
 
 def service_of(request: web.Request) -> tuple[BatchService, str]:
-    """The batches of this server and who asks. Raises InvalidRequestError where they are off."""
+    """The server's batch service, and the owner that the request's API key stands for.
+
+    Raises InvalidRequestError if the server keeps no files and batches.
+    """
     batches = request.app[STATE].batches
     if batches is None:
         raise InvalidRequestError(
@@ -55,7 +58,7 @@ def service_of(request: web.Request) -> tuple[BatchService, str]:
 async def upload_file(request: web.Request) -> web.StreamResponse:
     batches, owner = service_of(request)
     store = batches.store
-    if is_foreign_page(request):  # a form needs no leave of the server's: see cors.py
+    if is_foreign_page(request):  # browsers send forms without a CORS preflight; see http/cors.py
         raise InvalidRequestError("a page of another host may not upload files")
     announced = request.content_length or 0
     if announced > store.max_file_bytes + OF_THE_FORM:
@@ -124,7 +127,11 @@ async def delete_file(request: web.Request) -> web.StreamResponse:
 
 
 def part_of(items: Sequence[N], request: web.Request) -> tuple[list[N], bool]:
-    """Those behind `after`, `limit` at most, and whether there are more. Raises RequestError."""
+    """One page of a listing, by the query parameters `after` and `limit`.
+
+    Returns up to `limit` of the items that follow the one with the id `after`, and whether there
+    are more. Raises InvalidRequestError.
+    """
     text = request.query.get("limit", str(LISTED))
     limit = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
     if not 1 <= limit <= MAX_LISTED:
@@ -155,9 +162,11 @@ def _too_large(store: Store) -> BodyTooLargeError:
 
 
 class _Upload:
-    """A form on its way in: its file goes to `path` as it comes, in memory there is one chunk.
+    """Reads an upload form. Its file is written to `path` chunk by chunk, never held in memory.
 
-    num_bytes  written, and counted by the store until the file is kept or given up.
+    ignored    names of form fields that have no effect.
+    num_bytes  bytes of the file so far, which Store.num_upload_bytes includes until the upload
+               ends.
     """
 
     def __init__(self, store: Store, path: Path) -> None:
@@ -169,7 +178,7 @@ class _Upload:
         self._path = path
 
     async def read(self, request: web.Request) -> None:
-        """Raises RequestError, OSError."""
+        """Read the whole form. Raises RequestError, and OSError if the file cannot be written."""
         try:
             await self._read_parts(request)
         except asyncio.TimeoutError:
@@ -220,9 +229,8 @@ class _Upload:
         if encoding not in ("binary", "8bit"):
             raise InvalidRequestError("the file must be sent as it is, without a transfer encoding")
         name = (part.filename or "file")[:MAX_FILENAME_CHARS]
-        self.filename = name.encode(
-            "utf-8", "replace"
-        ).decode()  # surrogates: bytes that are not UTF-8
+        # A name whose bytes were not UTF-8 has surrogates, which cannot be encoded: replace them.
+        self.filename = name.encode("utf-8", "replace").decode()
         with self._path.open("wb") as sink:
             while data := await asyncio.wait_for(part.read_chunk(CHUNK_BYTES), SILENCE_S):
                 if self.num_bytes + len(data) > self._store.max_file_bytes:
@@ -235,10 +243,10 @@ class _Upload:
 
 
 class _FewLines:
-    """A body of which so many lines are read as lines.
+    """A request body that allows MAX_LINES calls of `readline`; anything else is passed through.
 
-    What stands before a form may be long, and its reader passes over the lines that have come
-    without giving others their turn.
+    Any number of lines may precede the first part of a form. aiohttp's reader skips those that have
+    already arrived without yielding, so they could block the event loop.
     """
 
     def __init__(self, content: StreamReader) -> None:

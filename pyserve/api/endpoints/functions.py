@@ -1,8 +1,8 @@
-"""Functions of a chat, OpenAI's words for tools before there were tools.
+"""OpenAI's old function-calling fields, translated into the fields of tools.
 
-`functions` and `function_call` of a request, `function_call` of a message and the role function say
-what tools, tool_choice, tool_calls and the role tool say, of one call at a time. They are
-translated into these; chat.py writes the answer in the words that the client knows.
+A request's `functions` and `function_call`, a message's `function_call` and the role "function"
+mean the same as `tools`, `tool_choice`, `tool_calls` and the role "tool", with one call at a time.
+Requests are translated here; chat.py writes the answers with the old fields.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ CHOICES = ("none", "auto")
 
 @dataclass(frozen=True, slots=True)
 class Translated:
-    """A chat in the words of tools.
+    """A chat request that uses only the fields of tools.
 
-    renamed   names of its fields as the client has them.
-    ignored   fields of the client that have no effect.
-    is_asked  its answer calls a function and not a tool.
+    renamed   turns names of its fields into those that the client used.
+    ignored   names of the client's fields that have no effect.
+    is_asked  the answer reports a call as `function_call` instead of `tool_calls`.
     """
 
     body: ChatRequest
@@ -38,7 +38,7 @@ class Translated:
 
 
 def with_tools(body: ChatRequest) -> Translated:
-    """`body` without functions. Raises InvalidRequestError naming the field."""
+    """Translate all old fields of `body`. Raises InvalidRequestError naming the field."""
     body, places = with_tool_messages(body)
     choice, ignored = body.function_call, []
     if not body.functions:
@@ -69,7 +69,10 @@ def with_tools(body: ChatRequest) -> Translated:
 
 
 def with_tool_messages(body: T) -> tuple[T, frozenset[int]]:
-    """`body` with the words of tools in its messages, and the places of those that had others."""
+    """Translate the old fields of the messages; returns the indices of the translated messages.
+
+    Raises InvalidRequestError naming the field.
+    """
     messages = body.messages or []
     places = frozenset(
         i for i, m in enumerate(messages) if m.function_call is not None or m.role == "function"
@@ -77,13 +80,17 @@ def with_tool_messages(body: T) -> tuple[T, frozenset[int]]:
     if not places:
         return body, places
     translated = list(messages)
-    ids: dict[str, str] = {}  # of the last call of each function
+    ids: dict[str, str] = {}  # name of a function -> id made for its latest call
     for i in sorted(places):
         translated[i] = _with_tools(messages[i], f"messages[{i}]", ids)
     return msgspec.structs.replace(body, messages=translated), places
 
 
 def _with_tools(message: Message, path: str, ids: dict[str, str]) -> Message:
+    """Translate one message with an old field; adds the id of its call to `ids`.
+
+    path  the message's place, as "messages[3]".
+    """
     call = message.function_call
     if call is not None:
         if message.tool_calls:
@@ -100,7 +107,8 @@ def _with_tools(message: Message, path: str, ids: dict[str, str]) -> Message:
             f"{path}.name is missing: the function whose result this is", f"{path}.name"
         )
     answered = message.tool_call_id or ids.get(message.name)
-    name = message.name if answered is None else None  # it has said which call this answers
+    # The id now says which call this message answers, so that the name is no longer needed.
+    name = message.name if answered is None else None
     return msgspec.structs.replace(message, role="tool", name=name, tool_call_id=answered)
 
 
@@ -114,7 +122,11 @@ def _check_choice(choice: str | None) -> None:
 
 
 def renamed(places: frozenset[int], *, is_asked: bool = False) -> Renamed:
-    """The names of a chat's fields where functions were asked for, or stood in these messages."""
+    """Rules that turn the names of tool fields back into those of the old fields.
+
+    places    indices of the messages that were translated.
+    is_asked  the fields of the request were translated too.
+    """
 
     def of_message(found: re.Match[str]) -> str:
         return f"messages[{found[1]}].function_call" if int(found[1]) in places else found[0]

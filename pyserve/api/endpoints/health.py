@@ -1,7 +1,7 @@
-"""What the server says about itself: /health, /health/ready and /ping; /health/live.
+"""Readiness (/health, /health/ready, /ping) and liveness (/health/live) of the server.
 
-The loop that answers is the loop that serves, so an answer at all is its heartbeat; how late it
-has been, and how long the running step takes, are in the answer.
+The event loop that answers here also serves all requests, so any answer shows that it runs. The
+body reports how late the loop has been and how long the running step has taken, in seconds.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pyserve.words import counted
 
 
 async def health(request: web.Request) -> web.StreamResponse:
-    """Ready: 200 where a request would be taken now; else 503, and where the server stands."""
+    """Readiness: 200 if a request would be accepted now, else 503 with the server's status."""
     status, body = describe(request.app[STATE])
     return json_response(body, status=status)
 
 
 async def health_live(request: web.Request) -> web.StreamResponse:
-    """Alive: 200 as long as the event loop runs, whatever else is amiss."""
+    """Liveness: 200 as long as the event loop runs, whatever else is wrong."""
     state = request.app[STATE]
     return json_response({"status": "live", "loop_lag_s": round(state.watchdog.recent_lag_s, 3)})
 
@@ -35,7 +35,7 @@ def describe(state: ServerState) -> tuple[int, dict[str, object]]:
         reason = f"the server is shutting down{rest}"
         return 503, {"status": "draining", "reason": reason}
     assert state.loaded is not None
-    # The engine itself is asked: serve.py learns of its end a moment later.
+    # Ask the engine itself: serve.py sets `status` only a moment after the engine has stopped.
     stats = state.loaded.engine.stats()
     if stats.error is not None:
         return 503, {"status": "failed", "reason": stats.error}

@@ -1,4 +1,4 @@
-"""Fields about the tokens of an answer and of its prompt: logprobs, and ids."""
+"""The request fields that ask for logprobs and ids of the answer's and the prompt's tokens."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from pyserve.api.wire.protocol import ChatRequest, CompletionRequest, SamplingFi
 from pyserve.errors import InvalidRequestError
 from pyserve.params import SamplingParams, shown
 
-MAX_PROMPT_LOGPROBS = 2**20  # of one request; each takes about 100 bytes, and as many in the answer
+# Limit of one request. Each entry takes about 100 bytes in memory, and as many in the answer.
+MAX_PROMPT_LOGPROBS = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class AskedTokens:
-    """What a request wants to know of tokens.
+    """What a request asks to report about tokens.
 
-    num_logprobs, num_prompt_logprobs  as SamplingParams has them.
-    words                              None: the answer tells of no tokens.
-    prompt_name                        the field that asks for those of the prompt.
+    num_logprobs, num_prompt_logprobs
+                 see SamplingParams.
+    words        how the answer reports tokens; None: it reports none.
+    prompt_name  the field that asks for the prompt's logprobs, which errors name.
     """
 
     num_logprobs: int | None = None
@@ -30,7 +32,7 @@ class AskedTokens:
     prompt_name: str = "prompt_logprobs"
 
     def apply(self, params: SamplingParams) -> SamplingParams:
-        """`params` that ask for it, beside what they ask for already."""
+        """`params` with these numbers of logprobs added."""
         if self.num_logprobs is None and self.num_prompt_logprobs is None:
             return params
         asked = self.num_logprobs
@@ -41,7 +43,12 @@ class AskedTokens:
         )
 
     def check_prompts(self, num_tokens: int, *, n: int) -> None:
-        """Bound what is told of prompts of so many tokens in all: the server holds all of it."""
+        """Refuse too many prompt logprobs, as the server holds all of them in memory.
+
+        num_tokens  of all prompts together; each prompt has n choices.
+
+        Raises InvalidRequestError.
+        """
         if self.num_prompt_logprobs is None:
             return
         num_told = num_tokens * n * (self.num_prompt_logprobs + 1)
@@ -60,7 +67,10 @@ NO_TOKENS = AskedTokens()
 def read_chat_tokens(
     body: ChatRequest, state: ServerState, loaded: Loaded, ignored: list[str]
 ) -> AskedTokens:
-    """Of a chat. What has no effect is added to `ignored`; raises InvalidRequestError."""
+    """Read the fields of a chat; names of those without effect are added to `ignored`.
+
+    Raises InvalidRequestError.
+    """
     limit = state.config.max_logprobs
     num_top = _checked("top_logprobs", body.top_logprobs, limit)
     if num_top and body.logprobs is None:
@@ -73,7 +83,7 @@ def read_chat_tokens(
 def read_completion_tokens(
     body: CompletionRequest, state: ServerState, loaded: Loaded, ignored: list[str]
 ) -> AskedTokens:
-    """Of a text completion, likewise; its echo tells of the prompt's tokens too."""
+    """As `read_chat_tokens`, for a text completion, whose echo includes the prompt's logprobs."""
     if body.logprobs is True:
         raise InvalidRequestError("logprobs must be a number of tokens, got true", "logprobs")
     asked = None if body.logprobs is False else body.logprobs
@@ -110,7 +120,7 @@ def _asked(
 
 
 def _check_comparing(body: SamplingFields) -> None:
-    """Refuse what compares answers by the logarithms of their probabilities: there are none."""
+    """Refuse fields that rank answers by log probability, as the server reports logits instead."""
     asked = {
         "use_beam_search": bool(body.use_beam_search),
         "best_of": (body.best_of or 1) > (body.n or 1),

@@ -1,4 +1,4 @@
-"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's dialect of a chat."""
+"""POST /v1/messages and /v1/messages/count_tokens: chats through Anthropic's Messages API."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COUNT_TOKENS = Wire(CountTokensRequest)
 
 
 async def messages(request: web.Request) -> web.StreamResponse:
-    """The answer to a conversation."""
+    """Answer a conversation."""
     arrived_s = time.monotonic()
     state = request.app[STATE]
     loaded = state.model_with_room(request)
@@ -35,7 +35,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
 
 
 async def count_tokens(request: web.Request) -> web.StreamResponse:
-    """How many tokens the prompt of the same request would have."""
+    """Count the prompt tokens of a request without generating anything."""
     state = request.app[STATE]
     loaded = state.model()
     body, ignored = await COUNT_TOKENS.read(request, state)
@@ -49,7 +49,7 @@ async def count_tokens(request: web.Request) -> web.StreamResponse:
 async def _job(
     request: web.Request, loaded: Loaded, body: CountTokensRequest, ignored: list[str]
 ) -> tuple[Read, Job]:
-    """Raises RequestError naming the fields of `body`."""
+    """Read the request and make its Job. Raises RequestError naming fields of `body`."""
     state = request.app[STATE]
     defaults = state.config.default_chat_template_kwargs or {}
     make = partial(read_request, body, loaded, defaults, ignored)

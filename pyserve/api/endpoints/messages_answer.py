@@ -1,4 +1,4 @@
-"""Parts -> Anthropic's blocks: whole, and as the events of a stream. Also its errors."""
+"""The Messages API's answer: parts -> content blocks, whole or as a stream; its error object."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from pyserve.api.wire.protocol import Usage
 from pyserve.errors import ContextError, RequestError
 from pyserve.text.parts import Content, Part, Reasoning, ToolCall, joined
 
-SIGNATURE = "pyserve"  # of a thinking that is shown: clients send it back, nobody looks at it
+SIGNATURE = "pyserve"  # signature of visible thinking; clients send it back and it is not checked
 ERROR_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     413: "request_too_large", 429: "rate_limit_error", 500: "api_error", 503: "overloaded_error",
@@ -51,17 +51,17 @@ _NO_INPUT = b"{}"
 
 
 def error_body(error: RequestError) -> bytes:
-    """An error in Anthropic's words, in one line: it may end a stream."""
+    """Anthropic's error object as one line of JSON, so that it can also end a stream."""
     kind = ERROR_TYPES.get(error.status, "invalid_request_error")
     message = error.message
-    if isinstance(error, ContextError):  # clients look for these words
+    if isinstance(error, ContextError):  # clients recognise the case by this wording
         message = f"prompt is too long: {error.num_tokens} tokens > {error.max_model_len} maximum"
     detail = MessagesErrorDetail(kind, message[:MAX_MESSAGE_CHARS])
     return encode_line(MessagesErrorResponse(error=detail, request_id=request_id.current.get()))
 
 
 def dialect(read: Read) -> Dialect:
-    """The words of the answer to one request."""
+    """The Dialect for the answer to one request."""
 
     def frames(head: Head, job: Job) -> MessagesFrames:
         return MessagesFrames(head, read)
@@ -85,29 +85,31 @@ def dialect(read: Read) -> Dialect:
 
 
 class MessagesFrames:
-    """The events of one answer.
+    """The events of one streamed answer.
 
-    A block begins with its first part that has something to show, and ends where a part of another
-    block comes. An answer without any has one empty text.
+    A content block starts with the first part that has something to show, and stops when a part of
+    another block comes. An answer without any such part gets one empty text block.
     """
 
     def __init__(self, head: Head, read: Read) -> None:
         self._head = head
         self._read = read
         self._has_begun = False
-        self._block: object = None  # the key of the open one
-        self._shown: type[Part] | None = None  # what the open one is made of, where that is text
-        self._index = -1  # of it
-        self._before = b""  # what comes before the text of its deltas
-        self._thinking: list[str] = []  # of it, where it is not shown
-        self._choice: Choice | None = None  # that has ended
+        self._block: object = None  # _key of the open block; None: no block is open
+        self._shown: type[Part] | None = None  # type of its parts, if their text is sent as it is
+        self._index = -1  # of the open or the last block
+        self._before = b""  # the encoded delta event of the open block, up to its text
+        self._thinking: list[str] = []  # texts of omitted thinking, which the signature will hold
+        self._choice: Choice | None = None  # set when the choice has ended
         self._has_called = False
 
     def begin(self) -> bytes:
-        """Nothing: what the first event says of the prompt is known when its turn has come."""
+        """Nothing yet: the first event reports the number of cached prompt tokens, which is only
+        known when the request has left the queue."""
         return b""
 
     def first(self, choice: Choice) -> bytes:
+        """The message_start event, once: `keep_alive` may have sent it already."""
         if self._has_begun:
             return b""
         self._has_begun = True
@@ -125,12 +127,15 @@ class MessagesFrames:
         return _frame(MessageStart(message))
 
     def keep_alive(self, choices: Sequence[Choice]) -> bytes:
-        """A ping, which must not be the first event: what it says of the cache comes at the end."""
+        """A ping. As it must not be the first event, message_start goes before it if need be.
+
+        The number of cached prompt tokens may still be unknown then; the usage at the end has it.
+        """
         return b"".join(map(self.first, choices)) + _frame(Ping())
 
     def part(self, choice: Choice, part: Part) -> bytes:
         if part.__class__ is self._shown and not isinstance(part, ToolCall) and part.text:
-            return b"%b%b}}\n\n" % (self._before, encode_line(part.text))  # as most are
+            return b"%b%b}}\n\n" % (self._before, encode_line(part.text))  # the most frequent case
         key = _key(part)
         if key is None:
             return b""
@@ -193,7 +198,7 @@ class MessagesFrames:
 
 
 def _key(part: Part) -> object:
-    """The same for parts of one block; None: the part shows nothing."""
+    """A key that is equal for parts of the same content block; None: the part shows nothing."""
     if isinstance(part, ToolCall):
         return ToolCall, part.index
     return (type(part), 0) if part.text else None
@@ -216,7 +221,10 @@ def _block(part: Part, read: Read) -> AnswerBlock:
 
 
 def _input(arguments: str) -> dict[str, Any]:
-    """The JSON object as the model wrote it; {} where a call was cut off within it."""
+    """The call's arguments as raw JSON, just as the model wrote them.
+
+    {} if they are not a JSON object, as when the answer was cut off inside the call.
+    """
     data = arguments.encode()
     try:
         msgspec.json.decode(data, type=dict[str, Any])
@@ -226,7 +234,7 @@ def _input(arguments: str) -> dict[str, Any]:
 
 
 def _stop(choice: Choice, read: Read, *, has_called: bool) -> StopDelta:
-    """Why an answer has ended."""
+    """Why the answer has ended, as Anthropic's stop_reason and stop_sequence."""
     if choice.finish_reason == "length":
         is_full = choice.num_tokens < read.max_tokens
         return StopDelta("model_context_window_exceeded" if is_full else "max_tokens", None)

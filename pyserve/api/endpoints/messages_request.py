@@ -1,4 +1,4 @@
-"""A request of Anthropic's Messages -> a ChatRequest, and what its answer needs to know of it."""
+"""A Messages request -> the equivalent ChatRequest, and what the answer needs from the request."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ from pyserve.api.wire.tools import MAX_TOOLS, Function, NamedFunction, Tool, Too
 from pyserve.errors import InvalidRequestError
 from pyserve.params import shown
 
-# Variables with which templates turn the thinking on and off.
+# Template variables that turn thinking on and off; the first that a template uses is set.
 SWITCHES = ("enable_thinking", "thinking")
-LEAST_EFFORT = "low"  # where a template has no switch, but knows how much to think
+# For disabled thinking, if the template has no such variable, but knows reasoning_effort.
+LEAST_EFFORT = "low"
 
 _RULES: tuple[Rule, ...] = (
     (r"tool_choice\.function\.name", "tool_choice.name"),
@@ -56,11 +57,11 @@ _RULES: tuple[Rule, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A request as a chat, and what an answer has to know.
+    """A request, translated into a chat, and what its answer needs.
 
-    renamed                names of the chat's fields as the client has them.
-    has_omitted_thinking   thinking is not shown, only signed.
-    max_tokens             asked for.
+    renamed               turns names of the chat's fields into those that the client used.
+    has_omitted_thinking  thinking blocks have no text; their signature holds it instead.
+    max_tokens            the requested limit on output tokens.
     """
 
     chat: ChatRequest
@@ -72,17 +73,17 @@ class Read:
 def read_request(
     body: CountTokensRequest, loaded: Loaded, defaults: Iterable[str], ignored: list[str]
 ) -> Read:
-    """What `body` asks for.
+    """Check `body` and translate it into a chat.
 
-    defaults  names of the variables that the server gives to every chat template.
-    ignored   takes the names of fields that have no effect.
+    defaults  names of the variables that the server passes to every chat template.
+    ignored   collects the names of fields that have no effect.
 
     Raises InvalidRequestError naming the field, ChatTemplateError.
     """
     if not body.messages:
         raise InvalidRequestError("messages must hold at least one message, got 0", "messages")
     messages: list[Message] = []
-    places: list[str] = []  # of the messages, in the request
+    places: list[str] = []  # for each message the path of its turn in the request
     system = None if body.system is None else system_message(body.system, ignored)
     if system is not None:
         messages.append(system)
@@ -97,7 +98,7 @@ def read_request(
             places[-1],
         )
     if last is not None and last.role == "assistant" and not last.content:
-        messages.pop()  # there is nothing to be continued
+        messages.pop()  # an empty last message leaves nothing for the answer to continue
     fields = _sampling(body)
     max_tokens: int = fields.get("max_tokens", 1)
     tools, tool_places = _tools(body, ignored)
@@ -124,7 +125,7 @@ def read_request(
 
 
 def _placed(messages: Sequence[str], tools: Sequence[str]) -> list[Rule]:
-    """Where messages and tools stand in the request."""
+    """Rules that turn indexed messages and tools of the chat into their places in the request."""
     return [
         (r"messages\[(\d+)\]", lambda found: messages[int(found[1])]),
         (
@@ -150,7 +151,11 @@ def _sampling(body: CountTokensRequest) -> dict[str, Any]:
 
 
 def _tools(body: CountTokensRequest, ignored: list[str]) -> tuple[list[Tool], list[str]]:
-    """The client's own tools, and where they stand; others are named: this server runs none."""
+    """The tools that the client itself runs, and the place of each in the request.
+
+    Others, such as Anthropic's server tools, and deferred tools that nothing refers to, are left
+    out and added to `ignored`.
+    """
     given = body.tools or []
     if len(given) > MAX_TOOLS:
         raise InvalidRequestError(
@@ -201,10 +206,10 @@ def _format(body: CountTokensRequest) -> ResponseFormat | None:
 
 
 class _Thinking:
-    """What is asked of the thinking, as far as the model's template and parser can do it.
+    """The chat fields for a request's `thinking`, as far as the model's template and parser allow.
 
-    A request that says nothing of it gets none, as Anthropic's clients expect: what a template
-    cannot turn off is left out of the answer.
+    A request without `thinking` gets none, as Anthropic's clients expect: if the template cannot
+    turn thinking off, the answer leaves it out.
     """
 
     def __init__(self, asked: Thinking | None, loaded: Loaded, *, has_tools: bool) -> None:
@@ -216,7 +221,10 @@ class _Thinking:
         )
 
     def check(self, max_tokens: int | None) -> None:
-        """Raises InvalidRequestError. None: the answer is not asked for."""
+        """Check the fields. Raises InvalidRequestError naming the field.
+
+        max_tokens  the requested limit; None if only prompt tokens are counted.
+        """
         asked = self._asked
         if asked is None:
             return
@@ -239,7 +247,12 @@ class _Thinking:
             )
 
     def switch(self, given: set[str], defaults: set[str]) -> dict[str, Any]:
-        """The template's variable, where it has one and nobody has set it."""
+        """The template variable that turns thinking on or off; empty if it is to stay as it is.
+
+        given     names of the variables that the request itself sets.
+        defaults  names of the variables that the server sets; only an explicit "enabled" or
+                  "disabled" overrides those.
+        """
         known = [name for name in SWITCHES if not self._unused([name])]
         is_said = self._asked is not None and self._asked.type in ("enabled", "disabled")
         if not known or not given.isdisjoint(SWITCHES):
@@ -249,6 +262,7 @@ class _Thinking:
         return {known[0]: not self._is_off}
 
     def effort(self, asked: str | None) -> str | None:
+        """The chat's reasoning_effort; `asked` is the request's."""
         has_switch = any(not self._unused([name]) for name in SWITCHES)
         is_disabled = self._asked is not None and self._is_off
         if is_disabled and not has_switch and not self._unused(["reasoning_effort"]):
@@ -257,9 +271,11 @@ class _Thinking:
 
     @property
     def is_included(self) -> bool | None:
+        """The chat's include_reasoning."""
         return False if self._is_off and self._has_parser else None
 
     def budget(self, ignored: list[str]) -> int | None:
+        """The chat's thinking_token_budget; a budget that has no effect is added to `ignored`."""
         budget = self._asked.budget_tokens if self._asked is not None else None
         if budget is not None and (self._is_off or not self._has_parser):
             ignored.append("thinking.budget_tokens")

@@ -1,4 +1,4 @@
-"""Turns of Anthropic's Messages -> messages of a chat."""
+"""Turns of the Messages API -> messages of a chat."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyserve.api.wire.protocol import MAX_PARTS, ContentPart, Message
 from pyserve.api.wire.tools import FunctionCall, MessageCall
 from pyserve.errors import InvalidRequestError
 
-# What may stand in a turn, and in the content of a tool_result.
+# The types of blocks that a turn of each role, and the content of a tool_result, may have.
 TYPES = {
     "user": ("text", "tool_result"),
     "assistant": ("text", "tool_use", "thinking", "redacted_thinking"),
@@ -20,15 +20,15 @@ TYPES = {
     "tool_result": ("text", "tool_reference"),
 }
 NOT_TEXT = ("image", "document", "search_result")
-ERROR_MARK = "Error: "  # before a result that is_error: templates have no other place for it
-HIDDEN = "pyserve:"  # before a thinking that was not shown, in a signature
-# A line that says which client asks, and in some versions something new with each request: behind
-# it no prompt would be like an earlier one.
+ERROR_MARK = "Error: "  # put before a result with is_error, for which templates have no field
+HIDDEN = "pyserve:"  # begins a signature that holds omitted thinking, encoded as base64
+# The first line of a system prompt that identifies the client. Some clients change it with every
+# request, so the prefix cache would find nothing of the prompt behind it.
 _BILLING = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n?")
 
 
 def system_message(system: str | Sequence[Block], ignored: list[str]) -> Message | None:
-    """The system prompt without its billing line; None where nothing is left of it."""
+    """The system prompt without its billing line; None if nothing else is in it."""
     texts = [system] if isinstance(system, str) else _texts(system, "system", "system")
     kept = [_BILLING.sub("", text) for text in texts]
     if kept != list(texts):
@@ -38,9 +38,9 @@ def system_message(system: str | Sequence[Block], ignored: list[str]) -> Message
 
 
 def chat_messages(turns: Sequence[Turn], ignored: list[str]) -> list[tuple[Message, str]]:
-    """The same conversation, and where each message of it stands in the request.
+    """Translate turns; returns each message with the path of its turn, such as "messages[0]".
 
-    The results of a user's turn come before its text: they answer the calls that are before it.
+    The tool results of a user's turn come before its text, next to the calls that they answer.
 
     Raises InvalidRequestError naming the field.
     """
@@ -65,7 +65,7 @@ def chat_messages(turns: Sequence[Turn], ignored: list[str]) -> list[tuple[Messa
 
 
 def referenced_tools(turns: Sequence[Turn]) -> set[str]:
-    """The names in the tool_references of tool_results."""
+    """The names of the tools that tool_reference blocks in tool results refer to."""
     return {
         inner.tool_name
         for turn in turns
@@ -76,13 +76,14 @@ def referenced_tools(turns: Sequence[Turn]) -> set[str]:
 
 
 def is_shown(tool: MessagesTool, referenced: set[str]) -> bool:
-    """Whether a tool is the client's own, and not put off until something refers to it."""
+    """Whether the prompt shows a tool: the client runs it, and it is not deferred unless named in
+    `referenced`."""
     is_own = tool.type in (None, "custom")
     return is_own and (not tool.defer_loading or tool.name in referenced)
 
 
 def hidden(thinking: str) -> str:
-    """A signature that brings back what the client was not shown."""
+    """A signature that holds thinking which the client was not shown; `_thinking` reads it back."""
     return HIDDEN + base64.b64encode(thinking.encode()).decode()
 
 
@@ -109,7 +110,7 @@ def _read(turn: Turn, path: str, call_ids: set[str], ignored: list[str]) -> Iter
 def _assistant(
     blocks: Sequence[Block], where: str, call_ids: set[str], ignored: list[str]
 ) -> Message:
-    """One message: what the model has written in several blocks was one text."""
+    """The assistant's turn as one message; the texts of its blocks are joined with no separator."""
     calls: list[MessageCall] = []
     thinking: list[str] = []
     for i, block in enumerate(blocks):
@@ -132,7 +133,10 @@ def _assistant(
 
 
 def _thinking(block: Block, path: str) -> str:
-    """What the model thought, also where the client was only given it in the signature."""
+    """The text of a thinking block, read from its signature if the thinking was omitted.
+
+    Raises InvalidRequestError.
+    """
     thinking = block.thinking
     if thinking is None:
         raise InvalidRequestError(f"{path}.thinking is missing", f"{path}.thinking")
@@ -165,7 +169,13 @@ def _result(block: Block, path: str, call_ids: set[str]) -> Message:
 
 
 def _texts(blocks: Iterable[Block | ResultBlock], where: str, place: str) -> list[str]:
-    """The texts of blocks, none of them empty. Raises where one may not be in this place."""
+    """The non-empty texts of blocks; a tool_reference counts as the name of its tool.
+
+    where  path of the list of blocks, which errors name.
+    place  key of TYPES: the types of blocks that are allowed here.
+
+    Raises InvalidRequestError naming the field.
+    """
     found: list[str] = []
     for i, block in enumerate(blocks):
         path = f"{where}[{i}]"
@@ -188,13 +198,14 @@ def _texts(blocks: Iterable[Block | ResultBlock], where: str, place: str) -> lis
 
 
 def _content(texts: list[str]) -> str | list[str | ContentPart]:
-    """One text is a text, whether it came in a block or not: the prompt is the same then."""
+    """A single text becomes a plain string, so that it makes the same prompt in a block or not."""
     if len(texts) < 2:
         return "".join(texts)
     return list(texts)
 
 
 def _required(block: Block | ResultBlock, name: str, path: str) -> str:
+    """The value of the field `name`. Raises InvalidRequestError if it is missing or empty."""
     value: str | None = getattr(block, name)
     if not value:
         raise InvalidRequestError(f"{path}.{name} is missing", f"{path}.{name}")

@@ -1,4 +1,4 @@
-"""The labels that a client hangs on what is kept for it."""
+"""The `metadata` that clients attach to stored responses and batches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pyserve.errors import InvalidRequestError
 
 
 def check_metadata(metadata: dict[str, str]) -> None:
-    """Raises InvalidRequestError above OpenAI's limits of entries, and of characters in them."""
+    """Raise InvalidRequestError if OpenAI's limits on entries and their lengths are exceeded."""
     if len(metadata) > MAX_PAIRS:
         raise InvalidRequestError(
             f"metadata has {len(metadata)} entries, the limit is {MAX_PAIRS}", "metadata"

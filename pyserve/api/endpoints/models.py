@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{id}: one entry per served name, the adapters' behind them."""
+"""GET /v1/models and /v1/models/{id}: one entry per served name, adapters last."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def list_models(request: web.Request) -> web.StreamResponse:
-    """Every name the model may be asked for by."""
+    """List every name under which the base model or an adapter is served."""
     state = request.app[STATE]
     max_model_len = state.model().engine.info.max_model_len
     entries = [_entry(state, name, max_model_len) for name in state.config.served_model_names]
@@ -53,7 +53,7 @@ async def list_models(request: web.Request) -> web.StreamResponse:
 
 
 async def retrieve_model(request: web.Request) -> web.StreamResponse:
-    """One of them."""
+    """The entry of one served name. Raises NotFoundError for any other name."""
     state = request.app[STATE]
     max_model_len = state.model().engine.info.max_model_len
     name = request.match_info["model"]

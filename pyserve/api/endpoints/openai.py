@@ -1,4 +1,4 @@
-"""What chat and text completions share: fields -> Job, and the words of their answers."""
+"""Shared by chat and text completions: request fields -> Job, and the form of OpenAI's answers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from pyserve.words import counted
 FINGERPRINT = f"pyserve-{__version__}"
 _DONE = b"data: [DONE]\n\n"
 _END = b"}\n\n"
-_HOLE = b"\0"  # a byte that no JSON holds
+_HOLE = b"\0"  # JSON text never contains this byte, so encoded JSON can be split at it
 
 
 async def make_job(
@@ -66,16 +66,16 @@ async def make_job(
     tokens: AskedTokens = NO_TOKENS,
     is_prompt_only: bool = False,
 ) -> Job:
-    """The Job of a request whose prompts have been read; everything else of it is checked here.
+    """Make the Job of a request whose prompts have been read; all other fields are checked here.
 
-    limit               the field that limits the output, and its value.
-    default_max_tokens  None: what the prompt leaves of the context.
-    ignored             fields that are known to have no effect.
-    tokens              what is asked of tokens.
-    make_reasoning, make_constraint, is_run, is_prompt_only
-                        as Job has them.
+    prompt_name         the field with the prompts, which errors name.
+    limit               name and value of the field that limits the output tokens.
+    default_max_tokens  used if that value is None; None: all that the prompt leaves of the context.
+    ignored             names of fields without effect; more may be added.
+    tokens              the logprobs and token ids that the request asks for.
 
-    Raises InvalidRequestError and NotBuiltError naming the field.
+    make_reasoning, make_constraint, is_run and is_prompt_only are those of Job. Raises
+    InvalidRequestError naming the field.
     """
     info = loaded.engine.info
     cache_salt = checked_name("cache_salt", body.cache_salt)
@@ -134,7 +134,7 @@ async def make_job(
 
 
 def checked_name(field: str, value: str | None) -> str:
-    """A name that a client gives, "" where it gives none. Raises InvalidRequestError."""
+    """The client's value of a name field, checked; "" if it is None. Raises InvalidRequestError."""
     if value is not None and not 1 <= len(value) <= MAX_NAME_CHARS:
         raise InvalidRequestError(
             f"{field} must have 1 to {MAX_NAME_CHARS} characters, got {len(value)}", field
@@ -143,7 +143,7 @@ def checked_name(field: str, value: str | None) -> str:
 
 
 def check_priority(priority: int) -> int:
-    """The same, where it is in range. Raises InvalidRequestError."""
+    """Return `priority` if it is in range. Raises InvalidRequestError."""
     if abs(priority) > MAX_PRIORITY:
         raise InvalidRequestError(
             f"priority must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}], got {shown(priority)}",
@@ -162,6 +162,7 @@ def _check_sequences(num_prompts: int, n: int) -> None:
 
 
 def _check_size(prompts: list[Prompt], n: int, prompt_name: str, tokens: AskedTokens) -> None:
+    """Bound what the prompts, with n sequences for each, take in memory and in the answer."""
     num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
     check_total(num_tokens, n=n, param=prompt_name)
     tokens.check_prompts(num_tokens, n=n)
@@ -174,12 +175,16 @@ def _check_size(prompts: list[Prompt], n: int, prompt_name: str, tokens: AskedTo
 
 
 def told_of(parts: Sequence[Part]) -> list[Told]:
-    """The tokens of an answer's parts."""
+    """The tokens of an answer's parts, in order."""
     return [token for part in parts for token in part.tokens]
 
 
 def prompt_fields(choice: Choice) -> dict[str, Any]:
-    """prompt_logprobs and prompt_token_ids of the prompt of a choice, where they are told."""
+    """The fields prompt_logprobs and prompt_token_ids for the prompt of a choice.
+
+    Each is None if the request did not ask for it; both are left out if it asks nothing about
+    tokens.
+    """
     words = choice.words
     if words is None:
         return {}
@@ -191,7 +196,7 @@ def prompt_fields(choice: Choice) -> dict[str, Any]:
 
 
 def nothing_of_prompt(choice: Choice) -> dict[str, Any]:
-    """Where the choices tell of their prompts themselves."""
+    """The `describe_prompt` of responses whose choices have the prompt's fields themselves."""
     return {}
 
 
@@ -203,7 +208,14 @@ def encode_whole(
     *,
     describe_prompt: Callable[[Choice], dict[str, Any]] = nothing_of_prompt,
 ) -> bytes:
-    """A whole answer, choice by choice: encoding one keeps all other threads waiting."""
+    """Encode a complete answer as JSON.
+
+    describe         makes the object of one choice.
+    describe_prompt  makes fields of the response from its first choice.
+
+    Encoding holds the interpreter's lock, so each choice is encoded by itself, to let other threads
+    run in between.
+    """
     response = response_type(
         id=head.id,
         created=head.created,
@@ -215,14 +227,15 @@ def encode_whole(
     )
     choices = b",".join([msgspec.json.encode(describe(choice)) for choice in generation.shown()])
     before, name, behind = msgspec.json.encode(response).partition(b'"choices":[')
-    return b"".join((before, name, choices, behind))  # quotes in a text are escaped
+    # The partition found the right place: no text can contain `"choices":[`, as quotes are escaped.
+    return b"".join((before, name, choices, behind))
 
 
 class OpenAIFrames(ABC):
-    """Chunks as server-sent events: what those of both endpoints have in common.
+    """The chunks of a streamed answer as server-sent events; the base for both endpoints.
 
-    A chunk with a text and nothing else that is new is encoded once for each choice, with holes
-    where the text comes; a token then costs the encoding of its text.
+    A chunk in which only the text is new is encoded once for each choice, with a hole where its
+    text belongs. One more text then costs no more than the encoding of that text.
     """
 
     chunk_type: type[ChatChunk] | type[CompletionChunk]
@@ -231,23 +244,27 @@ class OpenAIFrames(ABC):
         self._head = head
         self._has_end_usage = job.include_usage
         self._has_usage = job.has_continuous_usage
+        # Index of a choice -> its encoded chunk, split at the places of the text.
         self._cuts: dict[int, list[bytes]] = {}
         self._reasoning_cuts: dict[int, list[bytes]] = {}
 
     @abstractmethod
     def entry(self, choice: Choice, part: Part | None, *, is_last: bool = False) -> Any:
-        """The element of `choices` that has one part more, or the last one, if one is left."""
+        """The element of `choices` for one more part of `choice`.
+
+        With `is_last` it ends the choice: `part` is the last part, or None if none is left.
+        """
 
     def begin(self) -> bytes:
-        """Nothing comes before the first step."""
+        """Nothing is sent before the first step."""
         return b""
 
     def first(self, choice: Choice) -> bytes:
-        """Nothing comes before the first text."""
+        """Nothing is sent before the first text."""
         return b""
 
     def part(self, choice: Choice, part: Part) -> bytes:
-        """A part of an answer."""
+        """The chunk for one part of an answer."""
         if type(part) is Content and not part.tokens:
             cuts_of = self._cuts
         elif type(part) is Reasoning and not part.tokens:
@@ -265,31 +282,31 @@ class OpenAIFrames(ABC):
         return frame
 
     def finish(self, choice: Choice, last: Part | None) -> bytes:
-        """The end of a choice."""
+        """The chunk that ends a choice, with its last part if one is left."""
         entry = self.entry(choice, last, is_last=True)
         usage = self.usage_so_far(choice)
         return self.chunk([entry], usage=usage, system_fingerprint=FINGERPRINT)
 
     def end(self, usage: Usage) -> bytes:
-        """The end of the stream, with a last chunk of usage where that was asked for."""
+        """The end of the stream, after a chunk with the usage if the request asked for it."""
         if not self._has_end_usage:
             return _DONE
         return self.chunk([], usage=usage, system_fingerprint=FINGERPRINT) + _DONE
 
     def failed(self, error: RequestError) -> bytes:
-        """An error object, and the end."""
+        """An error object, followed by the end of the stream."""
         return b"data: %b\n\n" % error_body(error) + _DONE
 
     def keep_alive(self, choices: Sequence[Choice]) -> bytes:
-        """A comment, which clients pass over."""
+        """A comment, which clients ignore."""
         return COMMENT
 
     def usage_so_far(self, choice: Choice) -> Usage | UnsetType:
-        """What a frame of `choice` says of its tokens, where that was asked for."""
+        """The usage of `choice` so far, for its chunk; UNSET unless the request asked for it."""
         return choice.usage() if self._has_usage else UNSET
 
     def chunk(self, choices: list[Any], **more: Any) -> bytes:
-        """One frame."""
+        """One encoded chunk with these choices and further fields."""
         head = self._head
         chunk = self.chunk_type(
             id=head.id, created=head.created, model=head.model, choices=choices, **more

@@ -1,4 +1,4 @@
-"""What the operator of a server asks of it."""
+"""Endpoints for operators: reset the prefix cache, abort requests, sleep and wake up."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from pyserve.log import get_logger
 from pyserve.words import counted
 
 ABORT = Wire(AbortRequest)
-TAGS = {"weights", "kv_cache"}  # of /wake_up
-# What answers put before the id of their request.
+TAGS = {"weights", "kv_cache"}  # values of the parameter `tags` of /wake_up
+# The prefixes that turn the id of a request into the id of its answer.
 _PREFIX = re.compile(r"(chatcmpl-|cmpl-|msg_|resp_)")
 
 
 async def reset_prefix_cache(request: web.Request) -> web.StreamResponse:
-    """Forget what prompts have left; running requests go on with the blocks that they have."""
+    """Empty the prefix cache; running requests keep their blocks."""
     _check_page(request)
     request.app[STATE].model().engine.reset_prefix_cache()
     return json_response({"success": True})
 
 
 async def abort_requests(request: web.Request) -> web.StreamResponse:
-    """End requests that run or wait: those of `request_ids`, or all where none are named.
+    """Abort running and waiting requests: those in `request_ids`, or all if that is empty.
 
-    An id is that of an answer, or the one that X-Request-Id tells. The lines of a batch are
-    requests, too: those that have begun fail, those behind them are asked in their turn.
+    An id is that of an answer or of the header X-Request-Id. Each line of a batch is a request of
+    its own: lines that have been started fail, and the lines after them are started as usual.
     """
     _check_page(request)
     state = request.app[STATE]
@@ -48,8 +48,10 @@ async def abort_requests(request: web.Request) -> web.StreamResponse:
 
 
 async def sleep(request: web.Request) -> web.StreamResponse:
-    """Give memory back and answer when it is: what runs is kept, as in vLLM's mode=keep, and goes
-    on after /wake_up; what comes meanwhile waits in the queue. mode=abort ends what runs first.
+    """Free device memory, and answer when it has been freed.
+
+    Running requests are kept, as in vLLM's mode=keep, and continue after /wake_up; new ones wait in
+    the queue. With mode=abort running requests are aborted first.
     """
     _check_page(request)
     engine = request.app[STATE].model().engine
@@ -61,7 +63,7 @@ async def sleep(request: web.Request) -> web.StreamResponse:
 
 
 async def wake_up(request: web.Request) -> web.StreamResponse:
-    """Take the memory again and answer when it is there."""
+    """Allocate the memory again, and answer when the engine is awake."""
     _check_page(request)
     engine = request.app[STATE].model().engine
     tags = request.query.getall("tags", [])
@@ -75,7 +77,7 @@ async def wake_up(request: web.Request) -> web.StreamResponse:
 
 
 async def is_sleeping(request: web.Request) -> web.StreamResponse:
-    """Whether it does, at any level."""
+    """Whether the engine sleeps, at any level."""
     engine = request.app[STATE].model().engine
     return json_response({"is_sleeping": engine.stats().sleep_level > 0})
 
@@ -88,7 +90,7 @@ def _one_of(request: web.Request, name: str, default: str, values: tuple[str, ..
 
 
 def _abort(state: ServerState, wanted: set[str]) -> int:
-    """End the requests of these ids, all of them where there are none; how many."""
+    """Abort the requests with ids in `wanted`, all if it is empty; returns how many there were."""
     aborted = [
         generation
         for generation, ids in list(state.generations.items())
@@ -101,6 +103,6 @@ def _abort(state: ServerState, wanted: set[str]) -> int:
 
 
 def _check_page(request: web.Request) -> None:
-    """A request without a body needs no leave of the server's, as cors.py has it."""
+    """Refuse requests of other hosts' web pages, for which browsers need no CORS preflight here."""
     if is_foreign_page(request):
         raise InvalidRequestError(f"a page of another host may not ask for {request.path}")

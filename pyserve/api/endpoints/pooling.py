@@ -1,4 +1,4 @@
-"""What embeddings and scores have in common: token ids -> a Job that generates nothing."""
+"""Shared by embeddings and scores: token ids -> a Job that generates nothing."""
 
 from __future__ import annotations
 
@@ -16,27 +16,29 @@ from pyserve.params import POOLED
 from pyserve.text.detokenizer import Detokenizer
 
 NO_ENDING = Ending(stop=[], is_stop_kept=False, eos_token_id=None, min_tokens=0)
-WHOLE_CONTEXT = -1  # of truncate_prompt_tokens
+WHOLE_CONTEXT = -1  # the value of truncate_prompt_tokens that stands for max_model_len
 
 
 def read_truncation(body: PoolingFields, loaded: Loaded, ignored: list[str]) -> Truncation | None:
-    """What is kept of each text: its beginning, where nothing else is said.
+    """Read the fields of truncation; by default the beginning of each text is kept.
 
-    ignored  takes the names of fields that have no effect.
+    ignored  collects the names of fields that have no effect.
+
+    Raises InvalidRequestError naming the field.
     """
     max_model_len = loaded.engine.info.max_model_len
     if body.truncate_prompt_tokens is None and body.truncation_side is not None:
         ignored.append("truncation_side")
     side = body.truncation_side or "right"
     num_tokens = body.truncate_prompt_tokens
-    if num_tokens == WHOLE_CONTEXT:  # no answer needs any of it
+    if num_tokens == WHOLE_CONTEXT:  # nothing is generated, so the text may fill the whole context
         num_tokens = max_model_len
     settled = msgspec.structs.replace(body, truncate_prompt_tokens=num_tokens, truncation_side=side)
     return truncation(settled, max_model_len=max_model_len, max_tokens=0)
 
 
 def check_fits(token_ids: list[int], name: str, index: int, max_model_len: int) -> None:
-    """Refuse a text of the list in the field `name` that is longer than the context."""
+    """Raise ContextError if a text, at `index` in the field `name`, is longer than the context."""
     if len(token_ids) > max_model_len:
         raise ContextError(
             f"{name}[{index}] has {len(token_ids)} (truncate_prompt_tokens: -1 cuts it)",
@@ -50,10 +52,10 @@ def pooling_job(
     body: PoolingFields, loaded: Loaded, token_ids: Sequence[list[int]], *, name: str,
     ignored: list[str],
 ) -> Job:  # fmt: skip
-    """The Job of texts that have been tokenised.
+    """Make the Job for texts that have been tokenised.
 
-    name     the field that holds them.
-    ignored  fields that are known to have no effect.
+    name     the field with the texts, which errors name.
+    ignored  names of fields that are already known to have no effect.
 
     Raises InvalidRequestError naming the field.
     """

@@ -1,8 +1,9 @@
-"""Text -> token ids without paying for text that cannot fit.
+"""Text -> token ids, without spending time and memory on text that cannot fit the context.
 
-Tokenising takes a microsecond and 400 bytes a character of hostile text: 32 MB of it would hold a
-thread for a minute and gigabytes of memory. So its characters are bounded, as for /tokenize, and
-long text is first counted in pieces, and given up at the first piece that is too many.
+Tokenising hostile text takes a microsecond and 400 bytes per character: 32 MB of it would occupy a
+thread for a minute and take gigabytes of memory. Therefore the number of characters is limited, for
+/tokenize too, and the tokens of long text are first counted piece by piece, until they exceed the
+context.
 """
 
 from __future__ import annotations
@@ -23,24 +24,28 @@ from pyserve.errors import ContextError, InvalidRequestError
 from pyserve.params import shown
 from pyserve.text.tokenizer import Tokenizer
 
-PIECE_CHARS = 2**16
-CUT_TOKENS = 32  # more than a cut through the text can add to its count
-MAX_TOKENIZE_CHARS = 2**20  # of one text, or CHARS_PER_TOKEN for each token of the context
+PIECE_CHARS = 2**16  # characters that check_may_fit counts at a time
+CUT_TOKENS = 32  # more tokens than cutting a text into pieces can add to a piece's count
+# Limit for one text; a long context raises it to CHARS_PER_TOKEN for each of its tokens.
+MAX_TOKENIZE_CHARS = 2**20
 CHARS_PER_TOKEN = 8
-MAX_TOKENIZE_TOKENS = 2**20  # or the context
+MAX_TOKENIZE_TOKENS = 2**20  # of a text that need not fit the context; a longer context raises it
 
 PromptField = str | list[str | int | list[int]]
 
 
 @dataclass(frozen=True, slots=True)
 class Truncation:
-    """truncate_prompt_tokens: the last, or first, so many tokens of each prompt are kept."""
+    """truncate_prompt_tokens: at most `limit` tokens of each prompt are kept.
+
+    is_start_kept  the first tokens are kept, else the last ones.
+    """
 
     limit: int
     is_start_kept: bool
 
     def cut(self, token_ids: list[int]) -> list[int]:
-        """Of a prompt given as token ids."""
+        """Cut a prompt that the client gave as token ids."""
         if len(token_ids) <= self.limit:
             return token_ids
         end = len(token_ids) - self.limit
@@ -49,7 +54,10 @@ class Truncation:
     def cut_text(
         self, tokenizer: Tokenizer, token_ids: list[int], *, has_special_tokens: bool
     ) -> list[int]:
-        """Of a text's token ids: what add_special_tokens has put around it stays there."""
+        """Cut the token ids of a text. The special tokens around it are kept.
+
+        has_special_tokens  the text was encoded with add_special_tokens.
+        """
         before, behind = tokenizer.surroundings() if has_special_tokens else ([], [])
         room = self.limit - len(before) - len(behind)
         if len(token_ids) <= self.limit or room < 1:
@@ -62,9 +70,10 @@ class Truncation:
 def truncation(
     body: SamplingFields | TokenizeRequest | PoolingFields, *, max_model_len: int, max_tokens: int
 ) -> Truncation | None:
-    """What the fields of `body` ask for; -1 keeps what leaves room for `max_tokens`.
+    """Read truncate_prompt_tokens and truncation_side; None if nothing is to be cut.
 
-    Where `max_tokens` fills the context, -1 cuts nothing: a prompt that fits is kept whole.
+    max_tokens  output tokens, for which the value -1 leaves room in the context. If they fill the
+                whole context, -1 cuts nothing, so that a prompt that fits is kept whole.
 
     Raises InvalidRequestError on a value out of range.
     """
@@ -87,7 +96,10 @@ def truncation(
 
 
 def size_of(value: PromptField) -> int:
-    """Characters and token ids, where there are no more prompts than are allowed."""
+    """The number of characters and token ids in a field, for deciding whether to use a thread.
+
+    Prompts beyond MAX_SEQUENCES are not looked into, as the request will be refused.
+    """
     if isinstance(value, str):
         return len(value)
     inner = [item for item in value[:MAX_SEQUENCES] if not isinstance(item, int)]
@@ -98,9 +110,12 @@ def read_token_ids(
     loaded: Loaded, value: PromptField, *, name: str, add_special_tokens: bool,
     cut: Truncation | None,
 ) -> list[list[int]]:  # fmt: skip
-    """Token ids of every prompt in the field `name`, each in the vocabulary and none empty.
+    """The token ids of every prompt in the field `name`.
 
-    Raises InvalidRequestError.
+    No prompt is empty. Ids that the client gave are checked against the vocabulary, up to the
+    length of the context.
+
+    Raises InvalidRequestError naming the field.
     """
     if isinstance(value, str):
         value = [value]
@@ -128,7 +143,7 @@ def read_token_ids(
         token_ids = list(map(cut.cut, token_ids))
     info = loaded.engine.info
     for ids in token_ids:
-        # What lies beyond the context is refused for its length.
+        # A prompt longer than the context is refused later, so that the rest needs no check.
         check_token_ids(ids[: info.max_model_len], info.vocab_size, name)
     return token_ids
 
@@ -137,7 +152,8 @@ def _encode_all(
     loaded: Loaded, texts: list[str], name: str, add_special_tokens: bool, cut: Truncation | None
 ) -> list[list[int]]:
     max_model_len = loaded.engine.info.max_model_len
-    if cut is not None:  # all of each text is tokenised
+    # With a truncation every text is tokenised completely, so the texts are bounded together first.
+    if cut is not None:
         check_size(sum(map(len, texts)), max_model_len=max_model_len, param=name)
     token_ids = []
     num_tokens = 0
@@ -165,7 +181,13 @@ def encode(
     cut: Truncation | None = None,
     param: str = "prompt",
 ) -> list[int]:
-    """Token ids of a plain prompt. Raises InvalidRequestError, also where it cannot fit."""
+    """The token ids of a text, cut by `cut` if that is given.
+
+    Without `cut` the text must fit the context. A text that is slightly too long may pass here, as
+    check_may_fit is not exact. `param` is the field that errors name.
+
+    Raises InvalidRequestError, and its subclass ContextError if the text cannot fit.
+    """
     if cut is not None:
         ids = encode_any(
             tokenizer,
@@ -187,7 +209,7 @@ def encode_any(
     max_model_len: int,
     param: str = "prompt",
 ) -> list[int]:
-    """Token ids of a text that need not fit the context. Raises InvalidRequestError."""
+    """The token ids of a text that need not fit the context. Raises InvalidRequestError."""
     check_size(len(text), max_model_len=max_model_len, param=param)
     return tokenizer.encode(
         text,
@@ -198,11 +220,11 @@ def encode_any(
 
 
 def check_may_fit(tokenizer: Tokenizer, text: str, *, max_model_len: int, param: str) -> None:
-    """Refuse a text that has more tokens than the context, without tokenising all of it.
+    """Raise ContextError for a text with more tokens than the context, without tokenising it all.
 
-    What passes may have a few tokens too many; it is counted exactly later. A message that spells
-    out a special token is counted too low here: the name counts as one token, but it stays text in
-    a chat and becomes several.
+    A text that passes may still have a few tokens too many; the exact count follows later. Messages
+    that contain the name of a special token are counted too low here: the name counts as one token,
+    but in a chat it stays ordinary text of several tokens.
     """
     check_chars(len(text), max_model_len=max_model_len, param=param)
     if len(text) <= PIECE_CHARS:
@@ -221,10 +243,10 @@ def check_may_fit(tokenizer: Tokenizer, text: str, *, max_model_len: int, param:
 
 
 def check_chars(num_chars: int, *, max_model_len: int, param: str) -> None:
-    """Refuse, by its length alone, a text too long for the context.
+    """Raise ContextError for a text that is too long for the context by its characters alone.
 
-    A token has four characters on average and some have a hundred: what is refused here could have
-    fitted only if all of it were such.
+    A token has four characters on average, and a few tokens have a hundred. A text that is refused
+    here could only have fitted if it consisted of such long tokens.
     """
     limit = max_tokenize_chars(max_model_len)
     if num_chars > limit:
@@ -237,9 +259,11 @@ def check_chars(num_chars: int, *, max_model_len: int, param: str) -> None:
 
 
 def check_total(num_tokens: int, *, n: int, param: str) -> None:
-    """Bound the prompt tokens of all sequences of a request: the server holds all of them.
+    """Refuse too many prompt tokens in one request, as the server holds those of all sequences.
 
-    num_tokens  of all prompts; each makes n sequences.
+    num_tokens  of all prompts together; each prompt makes n sequences.
+
+    Raises InvalidRequestError naming n or the field `param`.
     """
     if num_tokens * n > MAX_REQUEST_TOKENS:
         times = f" times n {n}" if n > 1 else ""
@@ -251,17 +275,17 @@ def check_total(num_tokens: int, *, n: int, param: str) -> None:
 
 
 def max_tokenize_chars(max_model_len: int) -> int:
-    """Characters of one text, whether it has to fit the context or not."""
+    """The limit on the characters of one text, whether or not it has to fit the context."""
     return max(MAX_TOKENIZE_CHARS, CHARS_PER_TOKEN * max_model_len)
 
 
 def max_tokenize_tokens(max_model_len: int) -> int:
-    """Tokens of one text that need not fit the context."""
+    """The limit on the tokens of one text that need not fit the context."""
     return max(MAX_TOKENIZE_TOKENS, max_model_len)
 
 
 def check_size(num_chars: int, *, max_model_len: int, param: str) -> None:
-    """Refuse more characters than `max_tokenize_chars`."""
+    """Raise InvalidRequestError for more characters than `max_tokenize_chars`."""
     limit = max_tokenize_chars(max_model_len)
     if num_chars > limit:
         raise InvalidRequestError(

@@ -1,7 +1,7 @@
-"""Names of fields of a ChatRequest, as the wire of another dialect has them.
+"""Field names of a ChatRequest -> the names that the client of another API used.
 
-A conversation is checked as a ChatRequest, whose fields errors and headers then name. A dialect
-says once what they are called where its client wrote them.
+Every conversation is checked as a ChatRequest, so errors and headers name the fields of that type.
+Each other API lists once, as rules, what those fields are called in its own requests.
 """
 
 from __future__ import annotations
@@ -12,27 +12,28 @@ from contextlib import contextmanager
 
 from pyserve.errors import RequestError
 
-Rule = tuple[str, str | Callable[[re.Match[str]], str]]  # a regular expression, what stands for it
+# A regular expression that matches a name, and its replacement, as for re.sub.
+Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 
 
 class Renamed:
-    """The names of one request: rules in order, of which the first that fits a place counts."""
+    """Renames fields by the rules of one request; of the rules that match, the first one counts."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self._rules = [(re.compile(pattern), name) for pattern, name in rules]
         self._any = re.compile("|".join(f"(?:{pattern})" for pattern, _ in rules))
 
     def __call__(self, text: str) -> str:
-        """`text` with all names in it as the client knows them."""
+        """`text` with all field names in it replaced by those that the client used."""
         return self._any.sub(lambda found: self._rename(found[0]), text)
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """What is raised within names the client's fields."""
+        """Rename the fields in the message and param of a RequestError raised in the context."""
         try:
             yield
         except RequestError as error:
-            # What was got is the client's own text.
+            # What follows ", got " is the client's own value and must not be changed.
             said, got, value = error.message.partition(", got ")
             error.message = f"{self(said)}{got}{value}"
             error.param = error.param and self(error.param)

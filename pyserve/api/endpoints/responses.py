@@ -1,4 +1,4 @@
-"""POST /v1/responses: items -> Job, parts -> items and events; and what has become of responses."""
+"""/v1/responses: create a response; retrieve, cancel or delete a stored one; list its input."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from pyserve.api.wire.responses import Object, ResponsesRequest
 from pyserve.api.wire.responses_answer import Deleted, InputItems, InputTokens
 from pyserve.errors import ContextError, InvalidRequestError, RequestError
 
-MAX_LISTED, NUM_LISTED = 100, 20  # input items of one answer
+MAX_LISTED, NUM_LISTED = 100, 20  # limit and default for input items in one listing
 WIRE = Wire(ResponsesRequest)
 
 
@@ -54,7 +54,7 @@ async def create_response(request: web.Request) -> web.StreamResponse:
         )
     if body.store and not is_kept:
         ignored = [*ignored, "store"]
-    hex_id = uuid.uuid4().hex  # nobody else can guess it, and no two are alike
+    hex_id = uuid.uuid4().hex  # random, so that nobody can guess the id of a stored response
     asked, given = await _read(request, state, body, ID_PREFIX + hex_id if is_kept else "")
 
     def keep(head: Head, data: bytes, events: Sequence[bytes] = ()) -> None:
@@ -91,7 +91,7 @@ async def create_response(request: web.Request) -> web.StreamResponse:
 
 
 async def count_input_tokens(request: web.Request) -> web.StreamResponse:
-    """How long the prompt of a response would be."""
+    """Count the prompt tokens of a request without generating anything."""
     state = request.app[STATE]
     loaded = state.model()
     body, ignored = await WIRE.read(request, state)
@@ -103,7 +103,7 @@ async def count_input_tokens(request: web.Request) -> web.StreamResponse:
 
 
 async def retrieve_response(request: web.Request) -> web.StreamResponse:
-    """A response, or its events: those behind `starting_after`."""
+    """A response, or, with ?stream=true, its events after number `starting_after`."""
     state, user, name = request.app[STATE], request[USER], request.match_info["response_id"]
     run = state.runs.get(user, name)
     is_streamed = request.query.get("stream", "false").lower() in ("true", "1")
@@ -122,7 +122,7 @@ async def retrieve_response(request: web.Request) -> web.StreamResponse:
 
 
 async def delete_response(request: web.Request) -> web.StreamResponse:
-    """Forget a response; one that runs is stopped."""
+    """Delete a stored response; one that still runs in the background is cancelled."""
     state, user, name = request.app[STATE], request[USER], request.match_info["response_id"]
     run = state.runs.get(user, name)
     if run is not None:
@@ -134,7 +134,7 @@ async def delete_response(request: web.Request) -> web.StreamResponse:
 
 
 async def cancel_response(request: web.Request) -> web.StreamResponse:
-    """Stop a response in the background. One that has ended stays as it is."""
+    """Cancel a background response. One that has already ended is returned unchanged."""
     state, user, name = request.app[STATE], request[USER], request.match_info["response_id"]
     run = state.runs.get(user, name)
     if run is not None:
@@ -146,7 +146,7 @@ async def cancel_response(request: web.Request) -> web.StreamResponse:
 
 
 async def list_input_items(request: web.Request) -> web.StreamResponse:
-    """What a response was asked with, a part at a time; the newest item first."""
+    """List the input items of a response, `limit` at a time, by default the newest first."""
     state, user, name = request.app[STATE], request[USER], request.match_info["response_id"]
     limit = _number(request, "limit", default=NUM_LISTED, limits=(1, MAX_LISTED))
     order, after = request.query.get("order", "desc"), request.query.get("after")
@@ -180,13 +180,18 @@ async def list_input_items(request: web.Request) -> web.StreamResponse:
 
 
 class _Kind(msgspec.Struct, frozen=True):
+    """The one field of a stored response that `cancel_response` decodes."""
+
     background: bool
 
 
 async def _read(
     request: web.Request, state: ServerState, body: ResponsesRequest, response_id: str
 ) -> tuple[Asked, bytes]:
-    """`body` with what it goes on with, and its items as they are stored under `response_id`.
+    """Translate `body`, together with the stored responses that it builds on, into a chat.
+
+    Returns it with the JSON of the request's own input items as they are stored; empty if
+    `response_id` is, as the response is not stored then.
 
     Raises RequestError naming the field.
     """
@@ -200,7 +205,8 @@ async def _read(
     history = gather(
         state.responses, request[USER], body, items, max_bytes=state.config.max_body_bytes
     )
-    # The prompt is of all that was said, so that long ones are worked on where long bodies are.
+    # The prompt includes the whole history, so its bytes count as if they were part of the body:
+    # work on a long one is moved to a thread.
     request[NUM_BODY_BYTES] += history.num_bytes
     read = partial(_read_all, body, history, items, response_id)
     return await state.run_text(request, request[NUM_BODY_BYTES], read, short=SHORT_BODY_BYTES)
@@ -217,10 +223,10 @@ def _read_all(
 async def _send_failed(
     request: web.Request, frames: ResponseFrames, error: RequestError
 ) -> web.StreamResponse:
-    """A stream that has failed before its first token.
+    """Answer 200 with a stream that fails before its first token.
 
-    So OpenAI's tell that a conversation is too long: an agent then shortens it, where a 400 would
-    be its end.
+    OpenAI's server reports a conversation that is too long like this. Agents then shorten the
+    conversation and try again, whereas they would give up on a 400.
     """
     said = stream.Said(frames.begin() + frames.failed(error))
     return await stream.send(request, said, headers={})
@@ -229,7 +235,7 @@ async def _send_failed(
 async def _job(
     request: web.Request, state: ServerState, loaded: Loaded, asked: Asked, ignored: list[str]
 ) -> Job:
-    """The Job of a response, in the words of this API."""
+    """The Job of a request. The fields that it names are renamed to those of this API."""
     ignored = [*ignored, *asked.ignored]
     job = await chat_job(request, state, loaded, asked.chat, ignored=ignored)
     return msgspec.structs.replace(
@@ -240,7 +246,8 @@ async def _job(
 
 
 def _number(request: web.Request, name: str, *, default: int, limits: tuple[int, int]) -> int:
-    """A number of the query."""
+    """An integer parameter of the query string. Raises InvalidRequestError if it is no integer in
+    `limits`, both included."""
     text = request.query.get(name)
     if text is None:
         return default

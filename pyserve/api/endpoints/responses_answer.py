@@ -1,7 +1,7 @@
-"""Parts -> the items, the events and the whole of a response.
+"""The Responses API's answer: parts of the generated text -> output items, events and the response.
 
-The items of an answer are put together in one place, whether it is streamed or not: a stream tells
-of each step of it, and a whole answer of none.
+`Output` builds the items of an answer in one place, streamed or not. A stream sends an event for
+each step of the building; a whole answer sends none.
 """
 
 from __future__ import annotations
@@ -42,26 +42,28 @@ from pyserve.errors import ContextError, QueueFullError, RequestError
 from pyserve.text.parts import Content, Part, Reasoning, ToolCall, joined
 
 Kind = Literal["message", "reasoning", "function_call", "custom_tool_call"]
-Tell = Callable[..., None]  # an event's type, and what it has besides
+Tell = Callable[..., None]  # called with an event's type and its other fields
 _MADE_OF: dict[Kind, type[Part]] = {
     "message": Content, "reasoning": Reasoning, "function_call": ToolCall,
 }  # fmt: skip
-_HOLE = b"\0"  # a byte that no JSON holds
+_HOLE = b"\0"  # JSON text never contains this byte, so encoded JSON can be split at it
 
 
 class Keep(Protocol):
-    """Takes the JSON of a response that has ended, and its events where they may be read again."""
+    """Takes the JSON of a response that has ended, to store it; with its events if they may be
+    streamed again."""
 
     def __call__(self, head: Head, data: bytes, events: Sequence[bytes] = ()) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Answering:
-    """What is said of one response, from its first event to its last.
+    """What every response object of one answer is made from, from its first event to its last.
 
-    temperature, top_p  those that it is sampled with.
-    is_kept             it is stored.
-    keep                is called before the whole response is sent.
+    asked               the request.
+    temperature, top_p  the values that the answer is sampled with.
+    is_kept             the response is stored; the `store` field reports it.
+    keep                stores the response; called before the complete response is sent.
     """
 
     asked: Asked
@@ -71,7 +73,7 @@ class Answering:
     keep: Keep
 
     def response(self, head: Head, output: Sequence[OutputItem], **fields: Any) -> Response:
-        """The response object; `fields` say how far it is."""
+        """The response object with the items so far; `fields` has its status and further fields."""
         return Response(
             id=head.id,
             created_at=head.created,
@@ -87,7 +89,11 @@ class Answering:
     def ended(
         self, head: Head, output: Sequence[OutputItem], usage: Usage, reason: str
     ) -> Response:
-        """The response at its end; `reason`: the finish reason of its sequence."""
+        """The response object of an answer that has ended.
+
+        `reason` is the finish reason of its sequence: "length" makes the response incomplete,
+        "abort" cancelled, and any other completed.
+        """
         status = status_of(reason)
         return self.response(
             head,
@@ -102,18 +108,18 @@ class Answering:
 
 
 def status_of(reason: str | None) -> str:
-    """Of a response that has ended so."""
+    """The status of a response whose sequence has this finish reason."""
     return {"length": "incomplete", "abort": "cancelled"}.get(reason or "", "completed")
 
 
 def _tell_nobody(type: str, **fields: Any) -> None:
-    """A whole answer has no events."""
+    """The `Tell` of an answer that is not streamed: it drops the events."""
 
 
 class Output:
-    """The items of one answer, as its parts come.
+    """Builds the output items of one answer from its parts, in the order in which they come.
 
-    items  those that are done.
+    items  the items that are complete.
     """
 
     def __init__(self, response_id: str, asked: Asked, tell: Tell = _tell_nobody) -> None:
@@ -123,10 +129,15 @@ class Output:
         self._has_summaries = asked.has_summaries
         self._tell = tell
         self._open: _OpenItem | None = None
-        self._held: list[TokenLogprob] = []  # of tokens without a text, until one follows
+        # Logprobs of tokens that have completed no text yet; the next text delta carries them.
+        self._held: list[TokenLogprob] = []
 
     def extend(self, part: Part) -> _OpenItem | None:
-        """The open item, where `part` is nothing but more of its text, which it then has."""
+        """Add `part` to the open item if it only continues its text, and return that item.
+
+        Returns None and changes nothing if `part` needs `push`: it starts another item, has no
+        text, or there are logprobs to report. The caller sends the delta event itself.
+        """
         item = self._open
         if item is None or part.__class__ is not item.made_of or part.tokens or self._held:
             return None
@@ -142,7 +153,7 @@ class Output:
         return item
 
     def push(self, choice: Choice, part: Part) -> None:
-        """The next part, whatever it is."""
+        """Add the next part, opening and closing items as needed, and send the events for it."""
         if isinstance(part, ToolCall):
             self._push_call(part)
         elif isinstance(part, Reasoning):
@@ -154,7 +165,7 @@ class Output:
             self._push_text(part.text, logprobs)
 
     def end(self, reason: str | None) -> None:
-        """No part comes any more. An answer without any says nothing in a message."""
+        """Close the last item; no part follows. An answer without items gets one empty message."""
         if self._open is None and not self.items:
             self._open_item("message")
         self._close("completed" if status_of(reason) == "completed" else "incomplete")
@@ -184,7 +195,9 @@ class Output:
         if not part.arguments:
             return
         item.texts.append(part.arguments)
-        if item.kind == "function_call":  # a plain text is known when its JSON is whole
+        # The plain text of a custom call is only known when the JSON around it is complete, so its
+        # one delta is sent by `_close`.
+        if item.kind == "function_call":
             self._tell(delta=part.arguments, **self.delta_of(item))
 
     @property
@@ -194,7 +207,7 @@ class Output:
     def _open_item(
         self, kind: Kind, call: ToolCall | None = None, name: ToolName | None = None
     ) -> _OpenItem:
-        """The open item, where it is of this kind and no other call; else a new one."""
+        """The open item if it has this kind and `call` starts no new call; else a new item."""
         if self._open is not None and self._open.kind == kind and call is None:
             return self._open
         self._close("completed")
@@ -243,7 +256,7 @@ class Output:
         self.items.append(done)
 
     def delta_of(self, item: _OpenItem) -> dict[str, Any]:
-        """The event that more of its text is, but for that."""
+        """The fields of the event for one more piece of the item's text, except the text itself."""
         kind = {
             "message": "output_text", "reasoning": self._thought,
             "function_call": "function_call_arguments",
@@ -255,7 +268,7 @@ class Output:
         }  # fmt: skip
 
     def _tell_part(self, step: str, item: _OpenItem, text: str) -> None:
-        """Texts are parts of their items, calls are not."""
+        """Send the event that a content part was added or is done. Calls have no content parts."""
         if item.call is not None:
             return
         name = "reasoning_summary_part" if "summary_index" in self._place(item) else "content_part"
@@ -270,7 +283,7 @@ class Output:
         )  # fmt: skip
 
     def _place(self, item: _OpenItem) -> dict[str, int]:
-        """Of a text within its item: there is one."""
+        """The index of a text in its item: 0, as each item has only one text; none for calls."""
         if item.call is not None:
             return {}
         if item.kind == "reasoning" and self._has_summaries:
@@ -300,9 +313,14 @@ class Output:
 
 @dataclass(slots=True)
 class _OpenItem:
-    """An item that is being put together: its text, or the arguments of its call.
+    """An item that is being built.
 
-    made_of  parts that are more of it, each an event.
+    index    its place in the output.
+    texts    the pieces of its text, or of the JSON arguments of its call.
+    call     the first piece of the call, with its id; None for messages and reasoning.
+    name     the called tool as the client knows it; None likewise.
+    made_of  the type of the parts that continue the item with one delta event each; None for custom
+             calls, which send one delta when they are complete.
     """
 
     kind: Kind
@@ -325,7 +343,11 @@ class _OpenItem:
 
 
 class ResponseFrames:
-    """Events, each with its name and the next number; there is no [DONE]."""
+    """The server-sent events of a streamed response, numbered from 0.
+
+    A delta event is encoded once for each item, with holes for its number and text; one more piece
+    of the text then costs no more than the encoding of that text. There is no final [DONE].
+    """
 
     def __init__(self, answering: Answering, head: Head) -> None:
         self._answering = answering
@@ -334,22 +356,23 @@ class ResponseFrames:
         self._frames: list[bytes] = []
         self._output = Output(head.id, answering.asked, self._tell)
         self._reason: str | None = None
+        # The encoded delta event of _cut_item, cut at the places of its number and its text.
         self._cut_item: _OpenItem | None = None
-        self._cuts: list[bytes] = []  # of a delta of this item: its number and text come between
+        self._cuts: list[bytes] = []
 
     def begin(self) -> bytes:
-        """The response's id, before its turn has come."""
+        """Two events that give the client the response's id while the request may still wait."""
         response = self._answering.response(self._head, [], status="in_progress")
         self._tell("response.created", response=response)
         self._tell("response.in_progress", response=response)
         return self._take()
 
     def first(self, choice: Choice) -> bytes:
-        """Nothing comes before the first part of the one choice."""
+        """Nothing is sent before the first part."""
         return b""
 
     def part(self, choice: Choice, part: Part) -> bytes:
-        """A part of the answer: none, one or several events."""
+        """The events for one part of the answer, possibly none."""
         item = self._output.extend(part)
         if item is None:
             self._output.push(choice, part)
@@ -361,7 +384,7 @@ class ResponseFrames:
         return b"%b%d%b%b%b" % (before, number, between, encode_line(item.texts[-1]), behind)
 
     def finish(self, choice: Choice, last: Part | None) -> bytes:
-        """The end of the last item."""
+        """The events for the last part and for the end of the last item."""
         if last is not None:
             self._output.push(choice, last)
         self._reason = choice.finish_reason
@@ -369,7 +392,7 @@ class ResponseFrames:
         return self._take()
 
     def end(self, usage: Usage) -> bytes:
-        """The whole response, as a whole answer is."""
+        """The final event, which has the complete response; the response is stored first."""
         answering, head = self._answering, self._head
         reason = self._reason or "stop"
         response = answering.ended(head, self._output.items, usage, reason)
@@ -379,7 +402,7 @@ class ResponseFrames:
         return self._take()
 
     def failed(self, error: RequestError) -> bytes:
-        """The response has failed, and an error, which is what some clients look for."""
+        """The events of a failure: response.failed, and `error`, which some clients look for."""
         response = self._answering.response(
             self._head, self._output.items, status="failed", error=response_error(error)
         )
@@ -394,17 +417,17 @@ class ResponseFrames:
         return self._take()
 
     def cancelled(self, usage: Usage) -> bytes:
-        """The JSON of a response that its client has stopped."""
+        """The JSON of the response, up to where its client cancelled it."""
         self._output.end("abort")
         response = self._answering.ended(self._head, self._output.items, usage, "abort")
         return msgspec.json.encode(response)
 
     def keep_alive(self, choices: Sequence[Choice]) -> bytes:
-        """A comment: no event stands for silence."""
+        """A comment, as this API has no event for keeping a connection alive."""
         return COMMENT
 
     def _cut(self, item: _OpenItem) -> None:
-        """Encode a delta of `item` once, with holes."""
+        """Encode the delta event of `item` and cut it where its number and its text belong."""
         hole: Any = msgspec.Raw(_HOLE)
         fields = self._output.delta_of(item)
         data = encode_line(Event(sequence_number=hole, delta=hole, **fields))
@@ -422,7 +445,7 @@ class ResponseFrames:
 
 
 def response_error(error: RequestError) -> ResponseError:
-    """In OpenAI's codes: what may be tried again, and what may not."""
+    """The error under OpenAI's codes, by which clients decide whether to retry."""
     code = "invalid_prompt" if error.status < 429 else "server_error"
     if isinstance(error, QueueFullError):
         code = "rate_limit_exceeded"
@@ -432,7 +455,7 @@ def response_error(error: RequestError) -> ResponseError:
 
 
 def encode_response(answering: Answering, head: Head, generation: Generation) -> bytes:
-    """A whole answer."""
+    """The JSON of the response to a request that is not streamed."""
     choice = generation.choices[0]
     output = Output(head.id, answering.asked)
     for part in joined(choice.parts):

@@ -1,4 +1,4 @@
-"""Responses in the background: generated without a client, polled, read late, cancelled."""
+"""Background responses: generated without a connected client, and polled, streamed or cancelled."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pyserve.api.store.background import Run
 from pyserve.client import EngineClient
 from pyserve.errors import RequestError, release_frames
 
-NUM_AT_ONCE = 256  # events of one write
+NUM_AT_ONCE = 256  # maximum number of stored events that are sent in one write
 _END = b"\n\n"
 
 
@@ -43,11 +43,11 @@ async def start(
     *,
     arrived_s: float,
 ) -> web.StreamResponse:
-    """Let `job` run, and answer with what is known of it, or with its events as they come.
+    """Run `job` in the background, and answer with its queued response or, streamed, its events.
 
-    given  its input, as it is stored.
+    given  the request's own input items, as the JSON list that is stored.
 
-    Raises RequestError where it is not taken.
+    Raises RequestError if the job is refused.
     """
     request.app[STATE].runs.check_room(request[CLIENT])
     head = make_head(request, job, ID_PREFIX)
@@ -66,9 +66,9 @@ async def start(
 
 
 class _Work:
-    """A run, from its submission to its end.
+    """The task of one background response, from its submission to its end.
 
-    started  its sequence is queued, or has been refused.
+    started  done when the job's sequence is queued; has the exception if the job is refused.
     """
 
     def __init__(
@@ -87,17 +87,22 @@ class _Work:
         self._answering = replace(answering, keep=self._keep)
         self._frames = ResponseFrames(self._answering, head)
         self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        # Where the client has gone meanwhile, nobody else asks for its error.
+        # If the client disconnects before this is done, nobody awaits the future. Retrieving the
+        # exception here keeps asyncio from logging it as never retrieved.
         self.started.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def do(self, arrived_s: float) -> None:
-        """All of it. What goes wrong becomes the response."""
+        """Generate the response and store it.
+
+        An error before `started` is done is raised to the client by `start`; a later one becomes
+        the failed response.
+        """
         run = self._run
         self._state.enter()
         try:
             await self._generate(arrived_s)
         except asyncio.CancelledError:
-            pass  # _generate has said so
+            pass  # _generate has already kept the cancelled response
         except Exception as error:
             known = error if isinstance(error, RequestError) else log_unexpected(error)
             if not self.started.done():
@@ -148,13 +153,13 @@ class _Work:
             self._state.runs.append(self._run, [frame + _END for frame in frames])
 
     def _cancelled(self, generation: Generation) -> bytes:
-        """What there is of it."""
+        """The JSON of the response with what was generated before it was cancelled."""
         if self._job.is_streamed:
             return self._frames.cancelled(generation.usage())
         return encode_response(self._answering, self._head, generation)
 
     def _keep(self, head: Head, data: bytes, events: Sequence[bytes] = ()) -> None:
-        """Stored when its last event has come."""
+        """Note the final JSON; `do` stores it with the events, after the last one was appended."""
         self._run.answer = data
 
 
@@ -166,7 +171,12 @@ async def follow(
     first: int = 0,
     headers: dict[str, str] | None = None,
 ) -> web.StreamResponse:
-    """Answer with the events of a response from `first` on; `run`: None where it has ended."""
+    """Stream the events of a background response, starting with event number `first`.
+
+    events   the events so far; a running response appends to this list.
+    run      the response that still generates; None if it has ended.
+    headers  added to those of the stream.
+    """
     follower = _Follower(events, run, first)
     if run is not None:
         run.readers.add(follower.news)
@@ -178,7 +188,7 @@ async def follow(
 
 
 class _Follower:
-    """Events as far as they have come, and as they come; a Source."""
+    """Implements stream.Source: the stored events of a response, then new ones as they come."""
 
     def __init__(self, events: Sequence[bytes], run: Run | None, first: int) -> None:
         self.is_over = False
@@ -188,7 +198,7 @@ class _Follower:
         self._next = first
 
     async def read(self) -> bytes:
-        """Some of those that have come since."""
+        """Up to NUM_AT_ONCE further events; waits if there are none, and may return b"" then."""
         run = self._run
         if self._next >= len(self._events):
             if run is None or run.is_over:
@@ -205,10 +215,10 @@ class _Follower:
         self.news.set()
 
     def keep_alive(self) -> bytes:
-        """A comment."""
+        """A comment, which clients ignore."""
         return stream.COMMENT
 
     def fail(self, error: Exception) -> bytes:
-        """Its client is too slow; the response goes on."""
+        """End this stream because its client reads too slowly; the response continues to run."""
         self.is_over = True
         return b""

@@ -1,4 +1,4 @@
-"""What a response goes on with: the responses before it, and items of others that it names."""
+"""Stored context of a Responses request: the earlier responses, and items referred to by id."""
 
 from __future__ import annotations
 
@@ -19,12 +19,18 @@ PREFIXES = {
     "message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc",
     "function_call_output": "fco", "custom_tool_call_output": "ctco",
 }  # fmt: skip
-FIRST_INPUT = 0x8000  # the place of the first item of a response's input; output has those below
+# Item ids end in the item's place as four hex digits: output items count from 0, input items from
+# here, so that the two never collide.
+FIRST_INPUT = 0x8000
 _ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]{32})[0-9a-f]{4}")
 
 
 def item_id(kind: object, response_id: str, place: int) -> str:
-    """Of an item of a response: it says of which one, so that a reference can be found."""
+    """The id of an item of a response. It contains the response's id, so `gather` can find it.
+
+    kind   the item's type, such as "message".
+    place  0 and up for output items, FIRST_INPUT and up for input items.
+    """
     prefix = PREFIXES.get(kind, "item") if isinstance(kind, str) else "msg"
     return f"{prefix}_{response_id.removeprefix(ID_PREFIX)}{place:04x}"
 
@@ -35,10 +41,10 @@ class _Answer(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """Stored responses that a request goes on with.
+    """The stored responses that a request builds on.
 
-    chain     those before it, the oldest first.
-    referred  id of an item -> the response that has it.
+    chain     the conversation up to previous_response_id, the oldest response first.
+    referred  id of an item that the input refers to -> the stored response that contains it.
     """
 
     chain: Sequence[StoredResponse] = ()
@@ -46,17 +52,18 @@ class History:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of JSON of these responses, each counted once."""
         stored = {response.id: response for response in (*self.chain, *self.referred.values())}
         return sum(len(response.answer) + len(response.input) for response in stored.values())
 
     def items(self) -> list[Object]:
-        """All that was said before."""
+        """The input and output items of the earlier responses, in order."""
         return [item for response in self.chain for item in _items_of(response)]
 
     def resolve(self, items: Sequence[Object]) -> list[Object]:
-        """`items`, with those that they refer to in their place.
+        """`items` with each reference replaced by the stored item that it names.
 
-        Raises NotFoundError naming the field.
+        Raises NotFoundError naming the field if the stored response has no such item.
         """
         known: dict[str, dict[str, Object]] = {}
         found = []
@@ -81,9 +88,13 @@ def gather(
     *,
     max_bytes: int,
 ) -> History:
-    """What `body` goes on with; its bytes are looked at later.
+    """Look up the stored responses that `body` builds on; their JSON is decoded later.
 
-    Raises NotFoundError and InvalidRequestError naming the field.
+    items      the request's own items, with references.
+    max_bytes  the limit on the JSON of all these responses together.
+
+    Raises NotFoundError for an unknown response or item, InvalidRequestError for too many bytes or
+    too long a chain; both name the field.
     """
     chain: Sequence[StoredResponse] = ()
     if body.previous_response_id is not None:
@@ -109,7 +120,10 @@ def gather(
 
 
 def reference_of(item: Object) -> str | None:
-    """The id of another item that stands for it; None: this is the item itself."""
+    """The id of the item that `item` refers to; None if `item` is no reference.
+
+    A reference may leave out its type; a message without a type is told from it by its role.
+    """
     kind, name = item.get("type"), item.get("id")
     if kind not in (None, "item_reference") or "role" in item or not isinstance(name, str):
         return None
@@ -117,7 +131,7 @@ def reference_of(item: Object) -> str | None:
 
 
 def identified(items: Sequence[Object], response_id: str) -> list[Object]:
-    """The items of a response's input as they are stored: each has its kind and an id."""
+    """The input items of a response as they are stored, with a `type` and an `id` in each."""
     found = []
     for i, item in enumerate(items):
         kind = item.get("type") or "message"
@@ -129,6 +143,7 @@ def identified(items: Sequence[Object], response_id: str) -> list[Object]:
 
 
 def _items_of(response: StoredResponse) -> list[Object]:
+    """The input items of a stored response, followed by its output items."""
     own: list[Object] = any_json.decode(response.input)
     return own + msgspec.json.decode(response.answer, type=_Answer).output
 

@@ -1,7 +1,7 @@
-"""Items of a response's input -> messages of a chat.
+"""Input items of the Responses API -> messages of a chat.
 
-What the assistant did between two turns of its user comes as several items: its thinking, what it
-said, its calls. They are one message of a chat.
+Everything that the assistant did between two turns of the user comes as several items: reasoning,
+text and tool calls. Together they become one assistant message of the chat.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from pyserve.api.wire.responses import (
 from pyserve.api.wire.tools import FunctionCall, MessageCall
 from pyserve.errors import InvalidRequestError
 
-_OPEN = ("in_progress", "incomplete")  # status of an item that the answer goes on with
-_NOTHING: tuple[Any, ...] = (None, [], {}, "")
+_OPEN = ("in_progress", "incomplete")  # statuses of a last item that the answer continues
+_NOTHING: tuple[Any, ...] = (None, [], {}, "")  # values with which an unknown field asks nothing
 _FIELDS = {kind: frozenset(ITEMS[kind].__struct_fields__) for kind in ITEMS}
 _PART_FIELDS = frozenset(TextPart.__struct_fields__)
 
 
 def flat_name(namespace: str | None, name: str) -> str:
-    """What the model calls a tool: a chat's tools have no namespaces."""
+    """The name of a tool in the chat, where its namespace, if it has one, is part of the name."""
     return f"{namespace}__{name}" if namespace else name
 
 
 @dataclass(slots=True)
 class Turns:
-    """The messages that items have become.
+    """The messages that the items have become, and where errors about them should point.
 
-    paths         of the first item of each message, as "input[3]".
-    call_paths    (message, call) -> that of the call's item.
-    is_continued  the answer goes on with the last message.
+    paths         for each message the path of its first item in the request, such as "input[3]".
+    call_paths    (index of the message, index of the call in it) -> path of the call's item.
+    is_continued  the answer continues the last message instead of starting a new one.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -60,9 +60,9 @@ class Turns:
 
 
 class TurnReader:
-    """Puts the items of one request together.
+    """Reads the items of one request in order and builds the messages from them.
 
-    unknown  takes the names of fields, and the kinds of items, that are passed over.
+    unknown  collects the names of ignored fields and of ignored kinds of items.
     """
 
     def __init__(self, unknown: Names) -> None:
@@ -73,11 +73,14 @@ class TurnReader:
         self._num_items = self._num_parts = 0
 
     def instruct(self, instructions: str) -> None:
-        """What comes before all items."""
+        """Add the request's instructions as a system message; called before any `read`."""
         self._add(Message("system", instructions), "instructions")
 
     def read(self, item: Object, path: str) -> None:
-        """The next item. Raises InvalidRequestError naming the field."""
+        """Read the next item; `path` is its place in the request, which errors name.
+
+        Raises InvalidRequestError naming the field.
+        """
         self._num_items += 1
         if self._num_items > MAX_ITEMS:
             raise InvalidRequestError(
@@ -92,11 +95,12 @@ class TurnReader:
             self._read_result(known, path)
         elif isinstance(known, MessageItem):
             self._read_message(known, path)
-        elif not isinstance(known, ReferenceItem):  # these have been replaced
+        # History.resolve has replaced the references of `input`; any other one has no effect.
+        elif not isinstance(known, ReferenceItem):
             self._read_step(known, path)
 
     def turns(self) -> Turns:
-        """All messages, when all items have been read."""
+        """Close the last message and return all of them; called once, after the last item."""
         self._end_assistant()
         return self._turns
 
@@ -169,7 +173,7 @@ class TurnReader:
 
 @dataclass(slots=True)
 class _Assistant:
-    """A message that is being put together."""
+    """An assistant message that is being built; `path` is that of its first item."""
 
     path: str
     reasoning: list[str] = field(default_factory=list)
@@ -186,7 +190,10 @@ class _Assistant:
 
 
 def read_item(item: Object, path: str, unknown: Names) -> Item | None:
-    """One item, None where it is of a kind that is passed over. Raises InvalidRequestError."""
+    """Decode one item; None for a kind that this server ignores. Raises InvalidRequestError.
+
+    `unknown` collects the names of ignored fields, and of the kind if that is ignored.
+    """
     kind = item.get("type")
     if kind is None:
         kind = "message"
@@ -214,12 +221,15 @@ def _note_unknown(item: Object, fields: frozenset[str], prefix: str, unknown: Na
 
 
 def as_arguments(text: str) -> str:
-    """The arguments of a call of a tool that takes plain text: a chat's tools take objects."""
+    """The JSON arguments of a chat's call that stand for the plain text of a custom tool's call."""
     return msgspec.json.encode({"input": text}).decode()
 
 
 def of_arguments(arguments: str) -> str:
-    """The text in such arguments; what they are not is the text itself."""
+    """The plain text in arguments that `as_arguments` made.
+
+    Arguments of any other form, such as those of a call that was cut off, are returned unchanged.
+    """
     try:
         return msgspec.json.decode(arguments, type=_PlainText).input
     except msgspec.DecodeError:
@@ -247,7 +257,11 @@ def _text(part: TextPart, path: str) -> str:
 
 
 def _alone(parts: Sequence[str | ContentPart]) -> str | list[str | ContentPart]:
-    """A text that is alone is no list: so it is the prompt that its answer was."""
+    """Content with a single part becomes a plain string.
+
+    An answer that a client sends back as one part then renders to the same prompt text as a string
+    would, and the prefix cache finds it.
+    """
     if len(parts) == 1:
         only = parts[0]
         return only if isinstance(only, str) else only.text or ""

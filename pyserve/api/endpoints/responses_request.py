@@ -1,4 +1,4 @@
-"""A ResponsesRequest -> a ChatRequest, and what its answer needs to know of it."""
+"""A ResponsesRequest -> the equivalent ChatRequest, and what the answer needs from the request."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pyserve.api.wire.responses import (
 )
 from pyserve.errors import InvalidRequestError
 
-# Fields with one name, and one meaning, in both.
+# Fields with the same name and meaning in ResponsesRequest and ChatRequest.
 _SAME = (
     "model", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
     "frequency_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos",
@@ -40,13 +40,13 @@ _SAME = (
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request, read.
+    """A checked request.
 
-    body     without its input, which the chat has.
-    chat     the same as a chat.
-    tools    those of the answer's calls.
-    renamed  names of the chat's fields as the client has them.
-    ignored  fields without effect that the chat knows nothing of.
+    body     the request without its `input`, whose contents are in `chat`.
+    chat     the same request as a chat.
+    tools    the request's tools, from which the answer's calls get the client's names back.
+    renamed  turns names of the chat's fields into those that the client used.
+    ignored  names of fields without effect that have no counterpart in the chat.
     """
 
     body: ResponsesRequest
@@ -57,15 +57,15 @@ class Asked:
 
     @property
     def has_summaries(self) -> bool:
-        """What the model thinks is shown as summaries, which is all that some clients show."""
+        """Whether reasoning is returned as a summary, the only form that some clients display."""
         return self.body.reasoning is not None and self.body.reasoning.summary is not None
 
 
 def read_request(body: ResponsesRequest, history: Sequence[Object], own: Sequence[Object]) -> Asked:
-    """`body` as a chat.
+    """Check `body` and translate it into a chat.
 
-    history  items of the responses before it.
-    own      its own items.
+    history  the items of the earlier responses.
+    own      the items of this request, with references resolved.
 
     Raises InvalidRequestError naming the field.
     """
@@ -115,7 +115,10 @@ def read_request(body: ResponsesRequest, history: Sequence[Object], own: Sequenc
 
 
 def own_items(body: ResponsesRequest) -> list[Object]:
-    """The items of `input`; a text is what the user says. Raises InvalidRequestError."""
+    """The items of `input`; a plain text becomes a user message.
+
+    Raises InvalidRequestError if `input` is missing and there is no previous response.
+    """
     given = body.input
     if given is None:
         if body.previous_response_id is None:
@@ -145,7 +148,7 @@ def _response_format(text: TextOptions) -> ResponseFormat | None:
 
 
 def _read_include(include: Sequence[str], unknown: Names) -> bool:
-    """Whether logprobs are asked for; nothing else can be told of an answer."""
+    """Whether `include` requests logprobs; all other entries are ignored and added to `unknown`."""
     for name in include:
         if name != LOGPROBS:
             unknown.add(f"include.{name[:MAX_NAME_CHARS]}")
@@ -153,6 +156,7 @@ def _read_include(include: Sequence[str], unknown: Names) -> bool:
 
 
 def _is_cut(truncation: str | None) -> bool:
+    """Whether a prompt that is too long is truncated. Raises InvalidRequestError."""
     if truncation not in (None, *TRUNCATIONS):
         raise InvalidRequestError(
             f"truncation must be one of {', '.join(TRUNCATIONS)}, got {truncation[:40]}",
@@ -162,7 +166,7 @@ def _is_cut(truncation: str | None) -> bool:
 
 
 def _check_labels(body: ResponsesRequest) -> None:
-    """Bound what is shown again in every event that has the response."""
+    """Bound the labels and metadata, as every event with the response object repeats them."""
     for name in ("user", "safety_identifier", "prompt_cache_key"):
         value = getattr(body, name)
         if value is not None and len(value) > MAX_LABEL_CHARS:
@@ -173,7 +177,7 @@ def _check_labels(body: ResponsesRequest) -> None:
 
 
 def _rules(turns: Turns, tools: OwnTools) -> list[Rule]:
-    """The chat's names -> this API's."""
+    """The rules that turn names of the chat's fields into names of this API's fields."""
 
     def path(paths: Sequence[str], index: str, group: str) -> str:
         place = int(index)
@@ -206,7 +210,7 @@ def _rules(turns: Turns, tools: OwnTools) -> list[Rule]:
 
 
 def shown_again(body: ResponsesRequest) -> dict[str, Any]:
-    """Fields that the response repeats."""
+    """The request's fields that the response object repeats, with their defaults."""
     reasoning = body.reasoning or ReasoningOptions()
     text = _without_none(body.text) if body.text is not None else {}
     choice = body.tool_choice
@@ -232,7 +236,7 @@ def shown_again(body: ResponsesRequest) -> dict[str, Any]:
 
 
 def _without_none(value: object) -> Any:
-    """JSON values of a wire type, without fields that were not given."""
+    """A wire type as JSON values, without the fields that are None, in its `format` too."""
     plain = msgspec.to_builtins(value)
     if not isinstance(plain, dict):
         return plain

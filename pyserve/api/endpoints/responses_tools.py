@@ -1,7 +1,8 @@
-"""Tools of a response -> tools of a chat, and back: which tool a call in the answer is of.
+"""Tools of the Responses API -> functions of a chat, and the names to translate the calls back.
 
-A chat knows functions alone. A tool of a namespace is a function with the namespace before its
-name, and one that takes plain text has that as its only argument.
+A chat knows only functions. A tool of a namespace becomes a function whose name begins with the
+namespace. A custom tool, which takes plain text, becomes a function with that text as its only
+argument.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pyserve.api.wire.responses import (
 from pyserve.api.wire.tools import MAX_TOOLS, Function, NamedFunction, Tool, ToolChoice
 from pyserve.errors import InvalidRequestError
 
+# JSON schema of the arguments of a custom tool.
 PLAIN_TEXT = {
     "type": "object",
     "properties": {"input": {"type": "string"}},
@@ -42,7 +44,7 @@ T = TypeVar("T")
 
 
 class ToolName(NamedTuple):
-    """A tool as the client knows it."""
+    """A tool as the client named it. is_custom: it takes plain text instead of JSON arguments."""
 
     name: str
     namespace: str | None
@@ -51,12 +53,12 @@ class ToolName(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class OwnTools:
-    """Tools of a request.
+    """The tools of a request, translated for a chat.
 
-    tools   as a chat has them.
-    paths   of each, where the client wrote it: "tools[3]", or "tools[3].tools[0]".
-    names   the model's name for a tool -> the client's.
-    choice  tool_choice, as a chat has it.
+    tools   the functions of the chat.
+    paths   for each of them its place in the request: "tools[3]", or "tools[3].tools[0]".
+    names   the function's name in the chat -> the tool as the client named it.
+    choice  the tool_choice of the chat.
     """
 
     tools: list[Tool] = field(default_factory=list)
@@ -68,7 +70,12 @@ class OwnTools:
 def read_own_tools(
     tools: Sequence[Object], choice: str | ChosenTool | None, unknown: Names
 ) -> OwnTools:
-    """Raises InvalidRequestError naming the field; `unknown` takes what is passed over."""
+    """Translate the tools and the tool_choice of a request.
+
+    unknown  collects the names of ignored fields and of ignored kinds of tools.
+
+    Raises InvalidRequestError naming the field.
+    """
     _check_number(len(tools))
     found, paths, names = [], [], {}
     for path, namespace, tool in _functions(tools, unknown):
@@ -101,7 +108,11 @@ def read_own_tools(
 def _functions(
     tools: Sequence[Object], unknown: Names, path: str = "tools", namespace: str | None = None
 ) -> list[tuple[str, str | None, FunctionTool | CustomTool]]:
-    """Each with its path and its namespace; what is neither is passed over."""
+    """The function and custom tools in `tools`, each as (path, namespace, tool).
+
+    Namespaces are flattened. Tools of other kinds, and namespaces inside a namespace, are ignored
+    and added to `unknown`.
+    """
     found: list[tuple[str, str | None, FunctionTool | CustomTool]] = []
     for i, tool in enumerate(tools):
         own_path = f"{path}[{i}]"
@@ -125,7 +136,7 @@ def _functions(
 
 
 def _allowed(own: OwnTools, choice: ChosenTool, unknown: Names) -> OwnTools:
-    """Those that the client allows: the others are not shown either."""
+    """Keep only the tools that tool_choice allows, so the prompt does not show the others."""
     path = "tool_choice.tools"
     if choice.mode not in (None, "auto", "required"):
         raise InvalidRequestError(

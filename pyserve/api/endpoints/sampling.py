@@ -1,6 +1,7 @@
-"""Request fields -> SamplingParams: request value, else the model's default, else the neutral one.
+"""Request fields -> SamplingParams: the request's value, else the model's default, else neutral.
 
-Also everything about how an answer ends: stop strings, stop ids, EOS, the token limit.
+This includes everything about how an answer ends: stop strings, stop token ids, EOS and the limit
+on output tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pyserve.params import (
 )
 from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 
-GREEDY_BELOW = 1e-5  # vLLM's threshold
+GREEDY_BELOW = 1e-5  # a lower temperature means greedy decoding; the threshold is vLLM's
 
 Number = TypeVar("Number", int, float)
 
@@ -38,7 +39,9 @@ Number = TypeVar("Number", int, float)
 class Resolver:
     """Resolves the sampling fields of one request; raises InvalidRequestError naming the field.
 
-    n, best_of  choices of each prompt, and sequences from which they are chosen.
+    n        number of choices shown for each prompt.
+    best_of  number of sequences generated for each prompt, of which the n best are shown.
+    ending   how the answers end; the same for all sequences.
     """
 
     def __init__(
@@ -86,9 +89,14 @@ class Resolver:
         limit_name: str,
         default: int,
     ) -> SamplingParams:
-        """For a prompt of that length. `max_tokens`, else `default`, but no more than is left.
+        """The SamplingParams of the sequences of one prompt.
 
-        `prompt_name` and `limit_name` are the request fields to name where a value is wrong.
+        max_tokens   the requested limit on output tokens, or `default` if it is None; both are
+                     reduced to what the prompt leaves of the context.
+        prompt_name, limit_name
+                     names of the fields with the prompt and the limit, which errors name.
+
+        Raises ContextError if the prompt leaves no room, InvalidRequestError for a wrong value.
         """
         request, defaults = self._request, self._defaults
         max_model_len = self._info.max_model_len
@@ -163,11 +171,11 @@ def _top_p(top_p: float) -> float:
         raise InvalidRequestError(
             f"top_p must be above 0 and at most 1, got {shown(top_p)}", "top_p"
         )
-    return max(top_p, MIN_TOP_P)  # both keep the most likely token alone
+    return max(top_p, MIN_TOP_P)  # a lower value has the same effect: only the top token is kept
 
 
 def check_token_ids(token_ids: list[int], vocab_size: int, name: str) -> None:
-    """Refuse ids outside [0, vocab_size)."""
+    """Raise InvalidRequestError for ids outside [0, vocab_size), naming the field `name`."""
     if token_ids and not (0 <= min(token_ids) and max(token_ids) < vocab_size):
         wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
         raise InvalidRequestError(
@@ -178,13 +186,16 @@ def check_token_ids(token_ids: list[int], vocab_size: int, name: str) -> None:
 def _eos_token_ids(
     tokenizer: Tokenizer, defaults: GenerationDefaults, info: EngineInfo
 ) -> list[int]:
-    """Ids that end an answer, each once, the primary one first, none the model cannot sample."""
+    """Ids of the EOS tokens without duplicates, the tokenizer's own first.
+
+    Ids that the model cannot sample, outside its vocabulary, are left out.
+    """
     named = dict.fromkeys([tokenizer.eos_token_id, *defaults.eos_token_ids])
     return [token_id for token_id in named if token_id is not None and token_id < info.vocab_size]
 
 
 def _choices(request: SamplingFields) -> tuple[int, int]:
-    """n and best_of."""
+    """The checked values of n and best_of."""
     n = 1 if request.n is None else request.n
     if not 1 <= n <= MAX_N:
         raise InvalidRequestError(f"n must be in [1, {MAX_N}], got {shown(n)}", "n")
@@ -222,7 +233,7 @@ def _stop_strings(stop: str | list[str] | None) -> list[str]:
 
 
 def _logit_bias(given: dict[str, Any] | None, vocab_size: int) -> dict[int, float]:
-    if given and len(given) > MAX_LOGIT_BIAS:  # before each of them is looked at
+    if given and len(given) > MAX_LOGIT_BIAS:  # checked before any work is done for each entry
         raise InvalidRequestError(
             f"logit_bias has {len(given)} entries, the limit is {MAX_LOGIT_BIAS}", "logit_bias"
         )
@@ -255,7 +266,10 @@ def _allowed(token_ids: list[int] | None, vocab_size: int) -> tuple[int, ...] | 
 def _bad_words(
     words: list[str], tokenizer: Tokenizer, vocab_size: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Token ids of each word at the beginning of a text and, where they differ, behind a space."""
+    """The token ids of each word, as it is tokenised at the start of a text and after a space.
+
+    The second form is left out where it ends with the tokens of the first, which then bans both.
+    """
     name = "bad_words"
     if len(words) > MAX_BAD_WORDS:
         raise InvalidRequestError(
@@ -279,13 +293,14 @@ def _bad_words(
         found[tuple(first)] = None
         if bare:
             inside = tokenizer.encode(" " + bare, add_special_tokens=False, param=name)
-            if inside[-len(first) :] != first:  # else the space is a token of its own
+            if inside[-len(first) :] != first:  # equal if the space is a token of its own
                 found[tuple(inside)] = None
-    # What the model cannot say needs no ban.
+    # A word with an id outside the vocabulary can never be sampled, so it needs no ban.
     return tuple(ids for ids in found if ids and max(ids) < vocab_size)
 
 
 def _first(asked: Number | None, default: Number | None, neutral: Number) -> Number:
+    """The first of the request's value, the model's default and the neutral value that is given."""
     if asked is not None:
         return asked
     return neutral if default is None else default

@@ -1,7 +1,8 @@
-"""POST /v1/score and /v1/rerank: pairs of a query and a document -> how well they fit.
+"""POST /v1/score and /v1/rerank: pairs of a query and a document -> relevance scores.
 
-A reranker's score is in [0, 1], how likely "yes" is beside "no"; without the activation it is the
-difference of the logits. An embedding model's is how alike two texts are (similarity.py).
+A reranker's score is the probability of "yes" against "no", in [0, 1]; with use_activation false it
+is the difference of their logits. An embedding model's score is the cosine similarity of the two
+texts (similarity.py).
 """
 
 from __future__ import annotations
@@ -39,33 +40,36 @@ from pyserve.text.score_template import ScoreTemplate
 from pyserve.text.tokenizer import Tokenizer
 
 SCORE, RERANK = Wire(ScoreRequest), Wire(RerankRequest)
-QUERIES = ("queries", "text_1", "data_1")  # the same field, by its names
-DOCUMENTS = ("documents", "items", "text_2", "data_2")
-MAX_PAIRS_CHARS = 2**24  # of all pairs: each may be tokenised a few times, 1 us a character
-MAX_CUTS = 4  # of one document: a text that is cut may make a few tokens more than before
+QUERIES = ("queries", "text_1", "data_1")  # the names under which clients may send the queries
+DOCUMENTS = ("documents", "items", "text_2", "data_2")  # likewise
+# Of all pairs together. Each may be tokenised several times, at 1 us per character.
+MAX_PAIRS_CHARS = 2**24
+# Attempts to cut one document to size. The remaining text, tokenised again, may make a few more
+# tokens than were kept.
+MAX_CUTS = 4
 
 Pair = tuple[str, str]  # a query and a document
 
 
 class Scorer(Protocol):
-    """What becomes of pairs, by what the model is."""
+    """Turns pairs into prompts and the pooled results into scores, depending on the model."""
 
     @property
     def num_chars(self) -> int:
-        """Of all that is tokenised."""
+        """Number of characters in all texts that `read` tokenises."""
 
     def read(self) -> list[list[int]]:
-        """Token ids of what is pooled, on a thread. Raises InvalidRequestError."""
+        """The token ids of each prompt; may run on a worker thread. Raises InvalidRequestError."""
 
     def values(self, generation: Generation) -> list[float]:
-        """The score of each pair, from what was pooled."""
+        """The score of each pair, from the pooled outputs of the prompts."""
 
 
-Encode = Callable[[Head, Generation, list[float]], bytes]  # an answer with the scores
+Encode = Callable[[Head, Generation, list[float]], bytes]  # makes the JSON answer from the scores
 
 
 async def score(request: web.Request) -> web.StreamResponse:
-    """A score for each pair."""
+    """Answer with a score for each pair."""
     arrived_s = time.monotonic()
     state = request.app[STATE]
     loaded = state.model_with_room(request, "score", "embed")
@@ -88,7 +92,7 @@ async def score(request: web.Request) -> web.StreamResponse:
 
 
 async def rerank(request: web.Request) -> web.StreamResponse:
-    """The documents in the order in which they answer the query, the best first."""
+    """Answer with the documents sorted by relevance to the query, the best first."""
     arrived_s = time.monotonic()
     state = request.app[STATE]
     loaded = state.model_with_room(request, "score", "embed")
@@ -108,7 +112,7 @@ async def rerank(request: web.Request) -> web.StreamResponse:
 
 
 def _one_of(body: ScoreRequest, names: Sequence[str]) -> tuple[str, list[str]]:
-    """The one of some names that is given, and its texts."""
+    """The one field of `names` that is given, and its texts. Raises InvalidRequestError."""
     given = [name for name in names if getattr(body, name) is not None]
     if len(given) != 1:
         raise InvalidRequestError(
@@ -120,6 +124,7 @@ def _one_of(body: ScoreRequest, names: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _times(texts: list[str], count: int) -> list[str]:
+    """A single text, repeated `count` times; several texts unchanged."""
     return texts * count if len(texts) == 1 else texts
 
 
@@ -128,7 +133,11 @@ async def _answer(
     names: tuple[str, str], id_prefix: str, encode: Encode, *, ignored: list[str],
     arrived_s: float, max_doc_tokens: int | None = None,
 ) -> web.StreamResponse:  # fmt: skip
-    """The answer about `pairs`; `names`: of the fields that hold their queries and documents."""
+    """Score `pairs` and answer the request.
+
+    names           the fields with the queries and with the documents, which errors name.
+    max_doc_tokens  each document is first cut to so many tokens; None and 0: no limit.
+    """
     state = request.app[STATE]
     name = names[1]
     if not 1 <= len(pairs) <= MAX_SEQUENCES:
@@ -160,7 +169,7 @@ async def _answer(
 
 
 class _Judged:
-    """By a reranker, which is shown each pair."""
+    """Implements Scorer for a reranker, which gets each pair as one prompt."""
 
     def __init__(
         self, loaded: Loaded, body: ScoreRequest | RerankRequest, pairs: list[Pair], name: str, *,
@@ -187,7 +196,7 @@ class _Judged:
             )
 
     def read(self) -> list[list[int]]:
-        """Of one prompt a pair."""
+        """The token ids of one prompt for each pair. Raises InvalidRequestError."""
         template = self._loaded.score_template
         assert template is not None, "of a model that scores"
         encoded, num_tokens = [], 0
@@ -196,14 +205,15 @@ class _Judged:
                 self._loaded.tokenizer, template, pair, self._instruction, cut=self._cut,
                 max_tokens=self._max_doc_tokens,
             )  # fmt: skip
-            check_fits(ids, self._name, index, self._max_model_len)  # before the next one is read
+            # Checked at once, so that no further pair is tokenised after one that is too long.
+            check_fits(ids, self._name, index, self._max_model_len)
             encoded.append(ids)
             num_tokens += len(ids)
             prompts.check_total(num_tokens, n=1, param=self._name)
         return encoded
 
     def values(self, generation: Generation) -> list[float]:
-        """In [0, 1], or the logits."""
+        """The score of each pair: in [0, 1], or a difference of logits without activation."""
         values = []
         for choice in generation.choices:
             assert choice.stream.pooled is not None
@@ -216,10 +226,12 @@ def _encode_pair(
     tokenizer: Tokenizer, template: ScoreTemplate, pair: Pair, instruction: str | None, *,
     cut: prompts.Truncation | None, max_tokens: int | None,
 ) -> list[int]:  # fmt: skip
-    """Token ids of the prompt. What is cut is the document: the form around it stays.
+    """The token ids of the prompt of one pair. Only the document is cut, never the template.
 
-    cut         to how many tokens the prompt, and which end of the document is kept.
-    max_tokens  of the document at most; None and 0: any.
+    cut         limit for the whole prompt, and which end of the document is kept.
+    max_tokens  limit for the document alone; None and 0: no limit.
+
+    Raises InvalidRequestError if the prompt is still too long after MAX_CUTS cuts.
     """
     query, document = pair
     if max_tokens:
@@ -246,7 +258,7 @@ def _encode_pair(
 
 
 def _shortened(tokenizer: Tokenizer, text: str, keep: prompts.Truncation) -> str:
-    """The text of the tokens that are kept of `text`."""
+    """`text`, cut to the tokens that `keep` leaves."""
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     kept = keep.cut(token_ids)
     if len(kept) == len(token_ids):
@@ -255,7 +267,7 @@ def _shortened(tokenizer: Tokenizer, text: str, keep: prompts.Truncation) -> str
 
 
 def _sigmoid(value: float) -> float:
-    power = math.exp(-abs(value))  # never overflows
+    power = math.exp(-abs(value))  # cannot overflow, as the exponent is never positive
     return 1 / (1 + power) if value >= 0 else power / (1 + power)
 
 

@@ -1,4 +1,4 @@
-"""Scores by an embedding model: the cosine of the angle between the vectors of two texts."""
+"""Scores of an embedding model: the cosine similarity of the vectors of two texts."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ from pyserve.api.state import Loaded
 from pyserve.api.wire.protocol import MAX_SEQUENCES
 from pyserve.errors import InvalidRequestError
 
-MIN_LENGTH = 1e-12  # a vector is divided by at least that, as torch's cosine_similarity does
+MIN_LENGTH = 1e-12  # smallest divisor when a vector is normalised, as in torch's normalize
 
 
 class Similarity:
-    """Of each query and its document. A text that occurs several times is embedded once.
+    """Implements scores.Scorer for an embedding model. Equal texts are embedded only once.
 
-    pairs         queries and documents, each by its place in `texts`.
-    num_queries   that `texts` begins with; the rest are documents.
-    names         the fields that hold the queries and the documents.
+    names           the fields with the queries and with the documents, which errors name.
+    max_doc_tokens  limit for each document; None and 0: no limit.
+
+    `_texts` holds the distinct queries, `_num_queries` of them, followed by the distinct documents.
+    `_pairs` holds the indices of each query and its document in `_texts`.
     """
 
     def __init__(
         self, loaded: Loaded, pairs: Sequence[tuple[str, str]], names: tuple[str, str], *,
         cut: prompts.Truncation | None, max_doc_tokens: int | None,
     ) -> None:  # fmt: skip
-        # The same text as a query and as a document is two, as only one of them may be cut.
+        # The same text counts as two if it is both a query and a document, since max_doc_tokens
+        # cuts only documents.
         places: dict[tuple[bool, str], int] = {}
         for query, _ in pairs:
             places.setdefault((False, query), len(places))
@@ -38,7 +41,7 @@ class Similarity:
         self._names = names
         self._cut = cut
         self._max_doc_tokens = max_doc_tokens
-        if len(places) > MAX_SEQUENCES + 1:  # one query and as many documents as may be
+        if len(places) > MAX_SEQUENCES + 1:  # one query for the largest number of documents
             raise InvalidRequestError(
                 f"{' and '.join(names)} hold {len(places)} different texts, the limit is "
                 f"{MAX_SEQUENCES + 1}",
@@ -47,11 +50,11 @@ class Similarity:
 
     @property
     def num_chars(self) -> int:
-        """Of all that is tokenised."""
+        """Number of characters in all texts that `read` tokenises."""
         return sum(map(len, self._texts))
 
     def read(self) -> list[list[int]]:
-        """Token ids of each text, on a thread. Raises InvalidRequestError."""
+        """The token ids of each text; may run on a worker thread. Raises InvalidRequestError."""
         sides = self._texts[: self._num_queries], self._texts[self._num_queries :]
         encoded: list[list[int]] = []
         for name, texts, max_tokens in zip(
@@ -78,7 +81,7 @@ class Similarity:
 def _shorter(
     cut: prompts.Truncation | None, other: prompts.Truncation | None
 ) -> prompts.Truncation | None:
-    """The one that keeps less."""
+    """The truncation that keeps fewer tokens; None if there is none."""
     if cut is None or other is None:
         return cut or other
     return min(cut, other, key=lambda one: one.limit)

@@ -1,4 +1,4 @@
-"""Structured outputs: the fields that ask for them -> one spec -> a constraint for each answer."""
+"""Structured outputs: request fields -> one spec -> compiled grammar -> a constraint per answer."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from pyserve.text.grammar_constraint import FreeUntil
 from pyserve.text.grammar_json import whitespace_of
 
 RESPONSE_FORMATS = ("text", "json_object", "json_schema", "structural_tag")
+# Field of response_format -> the only value of its `type` that allows the field.
 _TYPE_OF = {
     "json_schema": "json_schema", "schema": "json_object", "format": "structural_tag",
     "structures": "structural_tag", "triggers": "structural_tag",
@@ -48,12 +49,12 @@ async def read_constraint(
     ignored: list[str],
     free_until: FreeUntil | None = None,
 ) -> Callable[[], Constraint | None]:
-    """Makes a constraint for each answer, as Job.make_constraint.
+    """Read the fields and return what makes the constraint of each answer; see Job.make_constraint.
 
-    ignored     takes the names of fields that have no effect.
-    free_until  what comes before the structured part of an answer; None: nothing.
+    ignored     collects the names of fields that have no effect.
+    free_until  the unconstrained part before the structured one, such as reasoning; None: none.
 
-    A grammar that is not known yet is compiled on a thread, when it is the client's turn.
+    A grammar that is not cached is compiled on a worker thread, when it is the client's turn.
 
     Raises InvalidRequestError naming the field, QueueFullError, UnavailableError.
     """
@@ -69,7 +70,11 @@ async def read_constraint(
 async def compile_spec(
     request: web.Request, state: ServerState, loaded: Loaded, spec: Spec, *, n: int = 1
 ) -> Compiled:
-    """For n answers at once. As read_constraint has it. Raises the same."""
+    """Compile `spec` for n answers at once, or take it from the cache.
+
+    The spec is looked up on the event loop only if the body is short: computing the key of a large
+    one would block the loop. Raises as `read_constraint`.
+    """
     num_bytes = request[NUM_BODY_BYTES]
     compiled = loaded.grammars.get(spec, n=n) if num_bytes <= SHORT_BODY_BYTES else None
     if compiled is None:
@@ -79,7 +84,12 @@ async def compile_spec(
 
 
 def read_spec(body: SamplingFields, ignored: list[str]) -> Spec | None:
-    """The one thing that is asked for. Raises InvalidRequestError where there are two."""
+    """The structured output that the request asks for; None if it asks for none.
+
+    ignored  collects the names of fields that have no effect.
+
+    Raises InvalidRequestError naming the field, also if the request asks for two.
+    """
     specs = [
         *_of_response_format(body.response_format),
         *_of_structured(body.structured_outputs, ignored),
@@ -109,7 +119,7 @@ def _of_response_format(format_: ResponseFormat | None) -> list[Spec]:
     if format_.type == "text":
         return []
     if format_.type == "json_object":
-        if format_.schema is not None:  # as llama.cpp, Together and others have it
+        if format_.schema is not None:  # an extension of llama.cpp, Together and others
             return [JsonSchema(param=f"{name}.schema", schema=format_.schema)]
         return [JsonSchema(param=name, schema=ANY_OBJECT)]
     if format_.type == "json_schema":
@@ -212,11 +222,12 @@ def _not_empty(text: str, param: str) -> str:
 
 
 def _schema(given: object, param: str) -> Any:
-    """A schema that may be given as the text of its JSON."""
+    """A JSON schema that clients may send as JSON or as a string of JSON text."""
     return _json(given, param) if isinstance(given, str) else given
 
 
 def _json(text: object, param: str) -> Any:
+    """A string of JSON text, decoded; any other value unchanged. Raises InvalidRequestError."""
     if not isinstance(text, str):
         return text
     if len(text) > MAX_SPEC_BYTES:

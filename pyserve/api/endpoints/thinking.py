@@ -1,4 +1,4 @@
-"""thinking_token_budget of a chat -> what holds its answers to it."""
+"""thinking_token_budget of a chat -> a constraint that ends the thinking of each answer in time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ NO_BUDGET = -1
 def makes_thinking_budget(
     budget: int | None, loaded: Loaded, conversation: Conversation, ignored: list[str]
 ) -> Callable[[], Constraint | None]:
-    """What makes the constraint of each answer; to `ignored` goes the field where it does nothing.
+    """Check the budget and return what makes the constraint of each answer.
+
+    budget   the field's value in tokens; None and NO_BUDGET: no limit.
+    ignored  gets the field's name if the prompt itself closes the thinking, so no budget matters.
 
     Raises InvalidRequestError naming the field.
     """

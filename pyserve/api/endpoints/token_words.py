@@ -1,4 +1,4 @@
-"""How answers tell of their tokens, and of those of a prompt."""
+"""How answers report logprobs and ids of their own tokens and of the prompt's."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pyserve.api.wire.logprobs import (
 from pyserve.client import TokenLogprobs
 from pyserve.text.decoding import TokenDecoder
 
-MIN_LOGPROB = -9999.0  # JSON has no -inf
+MIN_LOGPROB = -9999.0  # stands for -inf and all below, as JSON has no infinity
 
 
 class TokenWords:
-    """How an answer tells of its tokens.
+    """Builds the logprobs and token ids of one request's answers.
 
-    num_top     most likely tokens shown beside each; None: no logprobs are shown.
-    num_prompt_top
-                the same of the prompt, in prompt_logprobs.
-    has_ids     token ids are shown.
-    is_by_id    a token is written as its id, not as its text.
+    num_top         number of most likely tokens reported beside each output token; None: the
+                    answer has no logprobs.
+    num_prompt_top  the same for prompt tokens, in prompt_logprobs.
+    has_ids         token ids are reported.
+    is_by_id        a token is written as "token_id:ID" instead of its text.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class TokenWords:
         self._pieces = decoder.pieces(skip_special_tokens=False)
 
     def ids(self, tokens: Sequence[Told]) -> list[int] | None:
-        """Ids of output tokens; None where they are not shown."""
+        """The ids of the output tokens among `tokens`; None if ids are not reported."""
         if not self.has_ids:
             return None
         return [token.token_id for token in tokens if not token.is_prompt]
 
     def chat(self, tokens: Sequence[Told]) -> ChatLogprobs | None:
-        """Of a part of a chat's answer, or of all of it; None where no logprobs are shown."""
+        """The logprobs of some or all tokens of a chat's answer; None if they are not reported."""
         num_top = self.num_top
         if num_top is None:
             return None
@@ -76,7 +76,7 @@ class TokenWords:
         return ChatLogprobs(content)
 
     def completion(self, tokens: Sequence[Told]) -> CompletionLogprobs | None:
-        """As `chat`, of a text completion."""
+        """As `chat`, for a text completion, in its format."""
         if self.num_top is None:
             return None
         return CompletionLogprobs(
@@ -92,7 +92,10 @@ class TokenWords:
     def prompt(
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
     ) -> PromptLogprobs | None:
-        """prompt_logprobs; None where they were not asked for. `logprobs` of all but the first."""
+        """The field prompt_logprobs; None if it was not requested.
+
+        `logprobs` starts with the second token, as nothing precedes the first one to predict it.
+        """
         num_top = self.num_prompt_top
         if num_top is None:
             return None
@@ -109,7 +112,7 @@ class TokenWords:
         return PromptLogprob(_finite(logprob), token_rank, self._text(token_id))
 
     def _top_words(self, token: Told) -> dict[str, float] | None:
-        """The token itself and the most likely ones. Some of these may have the same text."""
+        """The token itself and the most likely tokens; of tokens with the same text the first."""
         if token.logprobs is None:
             return None
         logprob, _, ids, logprobs = token.logprobs

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize: what the model would read, and back."""
+"""POST /tokenize and /detokenize: texts or messages -> token ids, and token ids -> text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pyserve.errors import InvalidRequestError
 
 TOKENIZE = Wire(TokenizeRequest)
 DETOKENIZE = Wire(DetokenizeRequest)
-# Without effect on a plain text.
+# Fields that only affect messages: with a plain text they are reported as ignored.
 OF_MESSAGES = (
     "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs",
     "documents", "reasoning_effort", "tools", "tool_choice",
@@ -35,7 +35,7 @@ OF_MESSAGES = (
 
 
 async def tokenize(request: web.Request) -> web.StreamResponse:
-    """Token ids of a text, or of the prompt made from messages."""
+    """Answer with the token ids of a text, or of the prompt that messages make."""
     state = request.app[STATE]
     loaded = state.model()
     body, ignored = await TOKENIZE.read(request, state)
@@ -87,7 +87,7 @@ def _tokenize_text(loaded: Loaded, body: TokenizeRequest, text: str) -> list[int
 
 
 async def detokenize(request: web.Request) -> web.StreamResponse:
-    """The text of token ids, special tokens included."""
+    """Answer with the text of token ids, special tokens included."""
     state = request.app[STATE]
     loaded = state.model()
     limit = max_tokenize_tokens(loaded.engine.info.max_model_len)

@@ -1,4 +1,4 @@
-"""tool_choice required, a named tool and strict tools -> a grammar that the answer is held to."""
+"""Grammars that enforce tool calls: for tool_choice required, a named tool, and strict tools."""
 
 from __future__ import annotations
 
@@ -25,27 +25,29 @@ from pyserve.text.tool_parsers.registry import JSON_FORMAT
 from pyserve.text.tool_parsers.tags import Tag, may_call, must_call, without_words
 from pyserve.text.tool_parsers.written import Written
 
-Schemas = Mapping[str, Mapping[str, Any]]  # of the arguments of tools, by name
+Schemas = Mapping[str, Mapping[str, Any]]  # name of a tool -> JSON schema of its arguments
 
-MAX_TRIALS_S = 1.0  # for finding out which of several tools cannot be enforced
+MAX_TRIALS_S = 1.0  # time limit for finding out which of several tools cannot be enforced
 ANY_ARGUMENTS: Mapping[str, Any] = {"type": "object"}
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What an answer is held to.
+    """The compiled grammar of a request's answers.
 
-    trigger  what begins a call, where other text is free, which needs no mask then; "": it is not.
+    trigger  the text that begins a call, if any text is allowed besides calls: no token mask is
+             needed before it appears. "": the grammar applies from the start of the answer, or from
+             the end of its thinking.
     """
 
     compiled: Compiled
     trigger: str = ""
 
     def makes(self, free_until: FreeUntil | None) -> Callable[[], Constraint]:
-        """Makes the constraint of each answer.
+        """Return what makes the constraint of each answer.
 
-        free_until  the thinking in front of an answer. Where there may be none, a trigger in it is
-                    taken for a call's.
+        free_until  the thinking before an answer; None: there is none. If it is not certain that
+                    the answer thinks, a trigger inside the thinking is taken as a call's beginning.
         """
         if self.trigger and free_until is None:
             free_until = FreeUntil(ends=(), next_ends=(self.trigger,))
@@ -58,13 +60,13 @@ class Held:
 async def hold_to_tools(
     request: web.Request, state: ServerState, loaded: Loaded, body: ChatRequest, use: ToolUse
 ) -> tuple[ToolUse, Held | None]:
-    """The tools of `body`, less those that cannot be enforced, and what its answers are held to.
+    """Make the grammar that enforces the tool calls of `body`.
 
-    None: nothing, as far as tools go. Where there is something, it stands for what else the request
-    asks of an answer's form, too.
+    Returns the tools, without those that cannot be enforced, and the grammar. The grammar is None
+    if tools need none; otherwise it also covers the structured output that the request asks for.
 
-    A tool whose schema cannot be enforced is left out of the prompt too, and named as ignored;
-    where no other is left, the request is refused.
+    A tool whose schema cannot be enforced is also left out of the prompt and named as ignored. If
+    no tool is left, the request is refused.
 
     Raises InvalidRequestError naming the field, QueueFullError, UnavailableError.
     """
@@ -78,7 +80,8 @@ async def hold_to_tools(
     use = await in_words(request, state, use)
     written = use.format.written if use.format is not None else None
     if form is not None and not _may_be_beside_calls(form, written):
-        return replace(use, ignored=[*use.ignored, "tools"]), None  # an answer has that form
+        # Every answer has that structured form, so none can be a call: the tools have no effect.
+        return replace(use, ignored=[*use.ignored, "tools"]), None
     if not is_forced and form is None and not use.strict:
         return use, None
     assert written is not None
@@ -111,10 +114,11 @@ async def hold_to_tools(
 
 
 async def in_words(request: web.Request, state: ServerState, use: ToolUse) -> ToolUse:
-    """`use` in a form that a grammar has words for, as far as the schemas go.
+    """Choose the call format for which a grammar can express the schemas to be enforced.
 
-    Calls that must come are plain JSON where the model's own form has none for one of the tools. A
-    strict tool that it has none for may be called with any arguments, and is named as ignored.
+    If calls are required and the model's own format cannot express the schema of one of the tools,
+    all calls are plain JSON instead. If calls are optional, a strict tool whose schema the format
+    cannot express may be called with any arguments, and its `strict` is named as ignored.
 
     Raises InvalidRequestError naming the field, QueueFullError, UnavailableError.
     """
@@ -140,14 +144,14 @@ async def in_words(request: web.Request, state: ServerState, use: ToolUse) -> To
 
 
 def _may_be_beside_calls(form: Spec, written: Written | None) -> bool:
-    """Whether a grammar can say: calls, or else this."""
+    """Whether one grammar can express "either tool calls or the structured output `form`"."""
     if written is None or not isinstance(form, JsonSchema):
         return False
     return form.has_additional_properties and form.whitespace is None
 
 
 def _check_bytes(schemas: Schemas) -> None:
-    """Before each of them is looked at."""
+    """Refuse schemas that are too large together, before any work is done for each of them."""
     num_bytes = len(msgspec.json.encode(schemas))
     if num_bytes > MAX_SPEC_BYTES:
         raise InvalidRequestError(
@@ -163,9 +167,12 @@ def _compile(
     schemas: Schemas,
     places: Mapping[str, int],
 ) -> tuple[Compiled, list[str]]:
-    """The grammar of all that can be enforced, and the names of the others.
+    """Compile the grammar of all tools that can be enforced; returns the names of the others too.
 
-    places  of all tools in the request, by name.
+    places  name of a tool -> its index in the request, for all tools.
+
+    Raises InvalidRequestError if no tool can be enforced, if finding out takes too long, or if the
+    tools compile one by one but not together.
     """
     _check_bytes(schemas)
     fields = {name: f"tools[{places[name]}].function.parameters" for name in schemas}
@@ -174,7 +181,10 @@ def _compile(
     def try_each(
         trial: Callable[[str], object], late: InvalidRequestError
     ) -> dict[str, Mapping[str, Any]]:
-        """The schemas that pass. Raises `late` where that takes too long to find out."""
+        """The schemas for which `trial` does not raise; the others are added to `refused`.
+
+        Raises `late` if that takes longer than MAX_TRIALS_S, and the first refusal if none passes.
+        """
         began_s = time.monotonic()
         for name in schemas.keys() - refused.keys():
             try:
@@ -200,8 +210,8 @@ def _compile(
     except InvalidRequestError as error:
         if time.monotonic() - began_s > MAX_TRIALS_S:
             raise
-        fewer = try_each(compile_one, error)  # there may be too many of them, each sound
+        fewer = try_each(compile_one, error)
         if len(fewer) == len(kept):
-            raise  # each of them alone would do
+            raise  # each tool compiles alone: they are only too much together
         compiled = grammars.compile(Tags(param="tools", tags=make_tags(fewer)))
     return compiled, [name for name in places if name in refused]

@@ -1,4 +1,4 @@
-"""Tools of a request: what the prompt shows of them, and how the answer's calls are read."""
+"""The tools of a request: what the prompt shows of them, and how calls in the answer are parsed."""
 
 from __future__ import annotations
 
@@ -35,16 +35,18 @@ _NO_PARAMETERS = {"type": "object", "properties": {}}
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """The tools of a request, checked.
+    """The checked tools of a request, and how they may be called.
 
-    shown    as a chat template gets them; empty: the prompt has none.
-    places   their names, and where in the request they are.
-    mode     of tool_choice; none: what looks like a call is text.
-    name     of the only tool that may be called; "": any.
-    strict   names of tools whose arguments are to be held to their schemas.
-    format   that calls are written in; None: none are looked for.
-    trigger  as Tools has it.
-    ignored  fields that have no effect.
+    shown      the tools as the chat template gets them; empty: the prompt shows none.
+    places     name of a tool -> its index in the request's `tools`.
+    mode       from tool_choice: "required" if the answer must be a call, "auto" if it may be one,
+               "none" if text that looks like a call is ordinary text.
+    name       the only tool that may be called; "": any.
+    max_calls  calls beyond this number are dropped from the answer.
+    strict     names of the tools whose arguments must match their schemas.
+    format     the format in which calls are written; None: the answer is not searched for calls.
+    trigger    see text.tool_parsers.stage.Tools.
+    ignored    names of fields that have no effect.
     """
 
     shown: list[dict[str, Any]] = field(default_factory=list)
@@ -64,19 +66,19 @@ class ToolUse:
         return {function["name"]: function["parameters"] for function in functions}
 
     def apply(self, job: Job) -> Job:
-        """The same request, its answers read for calls."""
+        """`job` with its answers parsed for tool calls."""
         if self.format is None:
             return job
         tools = Tools(self.parameters, self.max_calls, trigger=self.trigger)
         ending = job.ending
-        if self.name:  # OpenAI and vLLM say so where the client has named the tool
+        if self.name:  # OpenAI and vLLM report "stop" if the client has named the tool
             ending = replace(ending, call_reason="stop")
         make_stage = partial(self.format.stage, tools)
         return msgspec.structs.replace(job, make_stage=make_stage, ending=ending)
 
 
 def read_tools(body: ChatRequest | TokenizeRequest) -> ToolUse:
-    """What is asked of the tools, whatever the server can do with it.
+    """Check the tool fields of a request, without regard to what the server was started with.
 
     Raises InvalidRequestError naming the field.
     """
@@ -119,14 +121,23 @@ def read_tools(body: ChatRequest | TokenizeRequest) -> ToolUse:
 
 
 def with_parser(use: ToolUse, format: ToolFormat | None, *, has_auto: bool) -> ToolUse:
-    """As the server was started. Raises InvalidRequestError where that does not do."""
+    """Add the server's tool format, and check that the server allows the request's mode.
+
+    has_auto  the server was started with --enable-auto-tool-choice.
+
+    Raises InvalidRequestError if optional calls are requested and the server does not parse them.
+    """
     if use.mode == "auto" and not (format and has_auto):
         raise InvalidRequestError(_NEEDS_AUTO, "tool_choice")
     return use if use.mode == "none" else replace(use, format=format)
 
 
 def _check_tools(tools: Sequence[Tool], param: str = "tools") -> list[dict[str, Any]]:
-    """As templates get them: without what is not said, in the order that models know."""
+    """Check tools; returns them as templates get them.
+
+    Absent fields are left out, and the keys are in the order that models were trained on. `param`
+    is the field that errors name. Raises InvalidRequestError.
+    """
     if len(tools) > MAX_TOOLS:
         raise InvalidRequestError(
             f"{param} has {len(tools)} entries, the limit is {MAX_TOOLS}", param
@@ -168,7 +179,10 @@ def _check_tools(tools: Sequence[Tool], param: str = "tools") -> list[dict[str, 
 def _allowed(
     choice: ToolChoice, shown: Sequence[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], str]:
-    """The tools that the client allows, and the mode: the others are not shown either."""
+    """The tools that `allowed_tools` names, and its mode. The prompt does not show the others.
+
+    Raises InvalidRequestError.
+    """
     path = "tool_choice.allowed_tools"
     if choice.allowed_tools is None:
         raise InvalidRequestError(f"{path} is missing", path)
@@ -190,6 +204,7 @@ def _allowed(
 
 
 def _check_named(choice: ToolChoice, shown: Sequence[dict[str, Any]]) -> str:
+    """The name of the function that `choice` requires. Raises InvalidRequestError."""
     if choice.type != "function":
         raise InvalidRequestError(
             f"tool_choice.type must be function or allowed_tools, got {choice.type[:40]}",
@@ -208,7 +223,8 @@ def _check_named(choice: ToolChoice, shown: Sequence[dict[str, Any]]) -> str:
 
 
 def check_calls(messages: Sequence[Message]) -> None:
-    """Refuse calls where none may be, and too many of them."""
+    """Raise InvalidRequestError for too many calls, calls that are not the assistant's, and calls
+    of a type other than function."""
     num_calls = sum(len(message.tool_calls or ()) for message in messages)
     if num_calls > MAX_TOOL_CALLS:
         raise InvalidRequestError(
@@ -226,9 +242,9 @@ def check_calls(messages: Sequence[Message]) -> None:
 
 
 def plain_calls(message: Message, format: ToolFormat | None) -> dict[str, Any]:
-    """What templates get of a message's calls, or of the call that it answers.
+    """The keys of a template's message for its tool calls, or for the call that it answers.
 
-    chat_messages.py brings the arguments into the template's form.
+    text/chat_messages.py later brings the arguments into the form that the template wants.
     """
 
     def fitted(call_id: str) -> str:
@@ -248,7 +264,7 @@ def plain_calls(message: Message, format: ToolFormat | None) -> dict[str, Any]:
 
 
 def arguments_in(messages: Sequence[Message]) -> list[Any]:
-    """What the calls of messages hold, to be measured."""
+    """The ids, names and arguments of all calls in messages, for measuring their size."""
     return [
         [call.id or "", call.function.name, call.function.arguments or ""]
         for message in messages
