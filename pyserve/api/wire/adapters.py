@@ -1,4 +1,4 @@
-"""Wire types of adapters, by vLLM's names."""
+"""Wire types for loading and unloading adapters, with vLLM's names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wire types of files and batches, as OpenAI's clients read them. Times are in seconds."""
+"""Wire types of files and batches, with OpenAI's names. Times are in seconds since 1970."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON for event streams."""
+"""JSON encoding for server-sent events."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ _encode = msgspec.json.encode
 
 
 def encode_line(value: object) -> bytes:
-    """`value` as JSON that is one line to every reader.
+    """Encode `value` as JSON that every client reads as a single line.
 
-    JSON escapes what lies below U+0020. Readers built on `str.splitlines`, httpx's and those of
-    requests among them, end a line at U+0085, U+2028 and U+2029 too, which JSON may hold as they
-    are; they are escaped here. In UTF-8 their bytes are part of no other character.
+    JSON always escapes characters below U+0020. Clients that use `str.splitlines`, such as httpx
+    and requests, also end a line at U+0085, U+2028 and U+2029, which JSON need not escape, so they
+    are escaped here. Replacing bytes is safe: in UTF-8 these sequences are part of no other
+    character.
     """
     data = _encode(value)
     if data.isascii():

@@ -1,7 +1,7 @@
-"""What the API document says of fields beside their types: bounds, words, what needs what.
+"""Bounds and descriptions of request fields for /openapi.json, beyond what their types express.
 
-Ranges are checked where the values are used, with better words than a schema has. They are
-repeated here from the same constants, and a test sends both sides of every one of them.
+The endpoints check the ranges themselves, with better error messages than a schema could give. The
+bounds here use the same constants, and a test sends values on both sides of each.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _ID = {"minimum": 0, "maximum": 2**31 - 1}
 _LOGPROBS = {"minimum": 0, "maximum": TOP_LOGPROBS}
 _NAME = {"string": {"minLength": 1, "maxLength": MAX_NAME_CHARS}}
 _STOP = {"minLength": 1, "maxLength": MAX_STOP_CHARS}
-# field -> JSON type -> keywords
+# Name of a field -> JSON type of its value -> keywords added to the schema of that type.
 BOUNDS: dict[str, dict[str, Schema]] = {
     "max_tokens": {"integer": {"minimum": 1}},
     "max_completion_tokens": {"integer": {"minimum": 1}},
@@ -255,14 +255,14 @@ _POOLED_SIDE = {
     "anyOf": [{"type": "string", "enum": ["left", "right"]}, {"type": "null"}], "default": None,
 }  # fmt: skip
 _POOLED = {"truncate_prompt_tokens": _POOLED_CUT, "truncation_side": _POOLED_SIDE}
-_ANY_TYPE = {"type": {"type": "string"}}  # what it may be depends on where it stands
+_ANY_TYPE = {"type": {"type": "string"}}  # the allowed types depend on where the block stands
 
 
 def _one_of(values: tuple[str, ...]) -> Schema:
     return {"type": "string", "enum": list(values)}
 
 
-# wire type -> what takes the place of its part of the schema
+# Name of a wire type -> what replaces parts of its schema; properties are replaced one by one.
 REPLACED: dict[str, Schema] = {
     "CompletionRequest": {
         "properties": {
@@ -328,7 +328,7 @@ REPLACED: dict[str, Schema] = {
     "AllowedTools": {"properties": {"mode": {"enum": list(ALLOWED_MODES)}}},
     "MessageCall": {"properties": {"type": {"enum": ["function", None]}}},
     "Message": {
-        "anyOf": [  # only the assistant may have said nothing
+        "anyOf": [  # only a message of the assistant may have no content
             {"properties": {"role": {"const": "assistant"}}},
             {"properties": {"content": {"type": ["string", "array"]}}, "required": ["content"]},
         ],

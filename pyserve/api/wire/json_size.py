@@ -1,9 +1,9 @@
-"""How much a JSON text holds, before it is decoded.
+"""Limits on the number of values in a JSON text, checked before it is decoded.
 
-Decoding holds the interpreter's lock from its first byte to its last, so on a worker thread too it
-stops the event loop for as long as it has values to make: 31 MB of small ones took five seconds,
-four million token ids a fifth of one. Counting them goes in pieces of a millisecond or so, between
-which the loop gets its turn.
+Decoding holds the interpreter's lock from the first byte to the last, so even on a worker thread it
+stops the event loop for as long as it creates values: 31 MB of small values took five seconds, four
+million token ids 0.2 s. Counting the values works in pieces of about a millisecond, between which
+the event loop can run.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pyserve.api.wire.protocol import MAX_REQUEST_TOKENS
 from pyserve.errors import InvalidRequestError
 
-PIECE_BYTES = 2**18
-MAX_JSON_VALUES = 2**17  # of one body, beside lists of token ids; keys count too
-MAX_JSON_CONTAINERS = 2**15  # of these lists and objects, which cost five times as much
-# In a row, as many as a double can have before its point. An integer takes the square of its digits
-# to read: 31 MB of such with 4,300 half a second.
+PIECE_BYTES = 2**18  # counted at a time
+MAX_JSON_VALUES = 2**17  # of one body, without the elements of token id lists; keys count too
+MAX_JSON_CONTAINERS = 2**15  # lists and objects of one body; one costs as much as five other values
+# Digits in a row: as many as a double can have before its decimal point. The time to parse an
+# integer grows with the square of its digits: 31 MB of integers with 4,300 digits took 0.5 s.
 MAX_DIGITS = 309
-MAX_BODY_IDS = 2**20  # token ids of a body, or the context's, which one prompt may have
+# Token ids of one body; a longer context raises the limit, as one prompt may fill it.
+MAX_BODY_IDS = 2**20
 
 _DIGITS_AS_0 = bytes.maketrans(b"123456789", b"0" * 9)
 _LONG_NUMBER = b"0" * (MAX_DIGITS + 1)
@@ -27,19 +28,22 @@ _LONG_NUMBER = b"0" * (MAX_DIGITS + 1)
 
 @dataclass(slots=True)
 class Structure:
-    """What a text holds outside its strings.
+    """Counts of what stands outside the strings of a JSON text.
 
-    Exact up to the first error in the text, and a decoder goes no further than that.
+    The counts are exact up to the first syntax error, where a decoder stops anyway.
     """
 
     num_commas: int = 0
     num_brackets: int = 0  # [ and {
     num_strings: int = 0
-    has_long_number: bool = False  # of more than MAX_DIGITS in one piece
+    has_long_number: bool = False  # more than MAX_DIGITS digits in a row, within one piece
 
 
 def measure(body: bytes) -> Structure:
-    """Count in pieces; a piece never ends between a backslash and what it escapes."""
+    """Count the values of a body, piece by piece.
+
+    A piece never ends between a backslash and the character that it escapes.
+    """
     found = Structure()
     start, num_quotes = 0, 0
     while start < len(body):
@@ -60,13 +64,13 @@ def measure(body: bytes) -> Structure:
 
 
 def check_structure(body: bytes, max_list_ids: int) -> None:
-    """Refuse a body that holds too many values to decode.
+    """Refuse a body with too many values or too long a number.
 
-    max_list_ids  how many token ids one list may need, 0 where the request has no such lists.
+    max_list_ids  how many token ids one list may hold; 0 if the request type has no such lists.
 
     Raises InvalidRequestError.
     """
-    if len(body) <= MAX_JSON_CONTAINERS:  # a value takes a byte at least
+    if len(body) <= MAX_JSON_CONTAINERS:  # each value takes a byte, so no count exceeds its limit
         return
     found = measure(body)
     max_ids = min(max(MAX_BODY_IDS, max_list_ids), MAX_REQUEST_TOKENS)

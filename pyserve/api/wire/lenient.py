@@ -1,9 +1,9 @@
-"""What a strict decoder of a wire type refuses and a client may send all the same.
+"""A second, lenient decoding of bodies that the strict decoder of a wire type has refused.
 
-A whole number may be written with a point or an exponent: `1024.0` and `1e3` are integers. JSON
-knows only numbers, and some languages write all of theirs with a point. And a field may be unknown:
-it is left out, and its name told. What a strict decoder has refused is decoded here once more, more
-slowly.
+It accepts two things. An integer may be written with a decimal point or an exponent, as in `1024.0`
+and `1e3`: JSON has only one kind of number, and some languages write all theirs with a point. And a
+field may be unknown: it is dropped, and its name is reported. This decoding is slower than the
+strict one.
 """
 
 from __future__ import annotations
@@ -17,47 +17,49 @@ from msgspec import inspect
 
 from pyserve.errors import InvalidRequestError
 
-MAX_EXACT = 2**53  # a float holds every whole number up to it
-MAX_NAMES = 32  # of unknown fields
-MAX_NAME_CHARS = 64
+MAX_EXACT = 2**53  # a float represents every whole number up to this one exactly
+MAX_NAMES = 32  # names of ignored fields that a response lists
+MAX_NAME_CHARS = 64  # a longer name is cut
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-_Path = tuple["_Path", str | int] | None  # of a value in a body; written out where one is wrong
-_SETTLED = frozenset({str, int, bool, type(None)})
+# The place of a value in a body: that of its container and the last step, a name or an index. None
+# is the body itself. `_written` makes the text, which only an error needs.
+_Path = tuple["_Path", str | int] | None
+_SETTLED = frozenset({str, int, bool, type(None)})  # types of values that `_settle` never changes
 
 
 def is_for_here(error: msgspec.ValidationError) -> bool:
-    """Whether a body that a strict decoder has refused may pass here."""
+    """Whether the error of the strict decoder is one that the lenient decoding may tolerate."""
     return "unknown field" in str(error) or "got `float`" in str(error)
 
 
 class Lenient(Generic[T]):
-    """Decodes one wire type."""
+    """The lenient decoder of one wire type."""
 
     def __init__(self, wire_type: type[T]) -> None:
         self._type = wire_type
         self._kind = _Kind(inspect.type_info(wire_type))
 
     def decode(self, body: bytes, unknown: Names) -> T:
-        """As a strict decoder, but for whole numbers and unknown fields.
+        """Decode `body`, accepting whole numbers in any notation and unknown fields.
 
-        unknown  takes the names of unknown fields that are not null; within lists without an
-                 index, as in "messages.content.cache_control".
+        unknown  collects the names of unknown fields whose value is not null. Names within lists
+                 have no index, as in "messages.content.cache_control".
 
-        Raises InvalidRequestError naming the field where a number with a fraction is in an
-        integer's place or one is out of range, msgspec.ValidationError where anything else has a
-        wrong type.
+        Raises InvalidRequestError naming the field if a number is out of range, or has a fraction
+        where an integer is wanted; msgspec.ValidationError for any other wrong type.
         """
         try:
             tree = _decoder.decode(body)
-        except msgspec.ValidationError:  # an integer of thousands of digits
+        except msgspec.ValidationError:  # an integer with too many digits for Python to parse
             raise _out_of_range(body) from None
         return msgspec.convert(_settle(tree, self._kind, None, unknown), self._type)
 
 
 class Names:
-    """The first MAX_NAMES of some names, each once, and one more to tell that there are others."""
+    """Collects names without duplicates, up to MAX_NAMES and one more, which tells that there are
+    further ones."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -67,15 +69,19 @@ class Names:
         return len(self.names) > MAX_NAMES
 
     def add(self, name: str) -> None:
-        """Keep `name`, unless it is known or there are enough."""
+        """Add `name`, unless it is already there or the collection is full."""
         if not self.is_full and name not in self.names:
             self.names.append(name)
 
 
 class _Kind:
-    """What a type says of numbers, and of what is in its objects and lists.
+    """What `_settle` needs to know about the type of a value.
 
-    prefix  of the names of its fields, as in "messages.content.".
+    prefix     put before the names of its fields, as in "messages.content.".
+    has_int    the value may be an integer.
+    fields     name of a field -> its type, if the value is a Struct; unknown names are dropped.
+    of_object  the type of the values of a dict.
+    of_list    the type of the elements of a list.
     """
 
     __slots__ = ("prefix", "has_int", "fields", "of_object", "of_list")
@@ -102,9 +108,10 @@ class _Kind:
 
 
 def _settle(value: Any, kind: _Kind, path: _Path, unknown: Names) -> Any:
-    """`value` with its numbers as `kind` wants them and no field that `kind` has not.
+    """Convert the numbers in `value` as `kind` requires, and drop fields that `kind` does not have.
 
-    Values of a wrong type stay as they are.
+    Lists and dicts are changed in place. Values of a wrong type stay as they are: msgspec.convert
+    reports them afterwards.
     """
     if isinstance(value, float | Decimal):
         return _number(value, kind, path)
@@ -134,6 +141,7 @@ def _settle(value: Any, kind: _Kind, path: _Path, unknown: Names) -> Any:
 
 
 def _written(path: _Path) -> str:
+    """A path as text, such as "messages[0].content"."""
     steps: list[str] = []
     while path is not None:
         path, step = path
@@ -142,7 +150,10 @@ def _written(path: _Path) -> str:
 
 
 def _whole_list(values: list[Any]) -> list[int] | None:
-    """The fast way for a million token ids; None where it is not for `values`."""
+    """A list of numbers as integers, fast enough for a million token ids.
+
+    None if not all elements are whole numbers; `_settle` then goes through them one by one.
+    """
     types = set(map(type, values))
     if types == {int}:
         return values
@@ -150,7 +161,7 @@ def _whole_list(values: list[Any]) -> list[int] | None:
         return None
     try:
         whole = list(map(int, values))
-    except OverflowError:  # 1e999
+    except OverflowError:  # an infinity, as 1e999 makes
         return None
     return whole if whole == values else None
 
@@ -168,6 +179,7 @@ def _number(value: float | Decimal, kind: _Kind, path: _Path) -> float | int:
 
 
 def _out_of_range(body: bytes) -> InvalidRequestError:
+    """The error for a body with a number that cannot be decoded, naming its top-level field."""
     for name, raw in msgspec.json.decode(body, type=dict[str, msgspec.Raw]).items():
         try:
             _decoder.decode(raw)
@@ -177,6 +189,10 @@ def _out_of_range(body: bytes) -> InvalidRequestError:
 
 
 def _parse(text: str) -> float | Decimal:
+    """A number with a point or an exponent; a Decimal if a float might not represent it exactly.
+
+    Infinity, for a number out of range, stays a float.
+    """
     value = float(text)
     if -MAX_EXACT < value < MAX_EXACT or math.isinf(value):
         return value

@@ -1,4 +1,4 @@
-"""Wire types of what answers tell of their tokens: OpenAI's and vLLM's names."""
+"""Wire types of logprobs in answers, with OpenAI's and vLLM's names."""
 
 from __future__ import annotations
 
@@ -39,4 +39,5 @@ class PromptLogprob(msgspec.Struct, frozen=True, gc=False):
     decoded_token: str
 
 
+# For each prompt token: token id as text -> its logprob. None for the first token.
 PromptLogprobs = list[dict[str, PromptLogprob] | None]

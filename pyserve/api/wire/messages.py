@@ -1,7 +1,7 @@
-"""Wire types of Anthropic's Messages: what clients send and what they get, in Anthropic's names.
+"""Wire types of Anthropic's Messages API, requests and answers, with Anthropic's names.
 
-Types are checked here, ranges where the values are used. A field that no type has is accepted and
-named as ignored (lenient.py): cache_control, metadata, context_management and their like.
+Decoding checks the types; the endpoints check the ranges. Fields that no type here has, such as
+cache_control, metadata and context_management, are accepted and named as ignored (lenient.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-MIN_THINKING_TOKENS = 1024  # of thinking.budget_tokens
+MIN_THINKING_TOKENS = 1024  # smallest value of thinking.budget_tokens
 TURN_ROLES = ("user", "assistant", "system")
 TOOL_CHOICE_TYPES = ("auto", "any", "tool", "none")
 THINKING_TYPES = ("enabled", "disabled", "adaptive", "between_tools")
@@ -109,6 +109,7 @@ class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True, forbid_unkn
     cache_salt: str | None = None
 
 
+# The types that clients send, for /openapi.json.
 MESSAGES_SENT = (
     ResultBlock, Block, Turn, MessagesTool, MessagesToolChoice, Thinking, OutputFormat,
     OutputConfig, CountTokensRequest, MessagesRequest,

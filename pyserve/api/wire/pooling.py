@@ -1,4 +1,4 @@
-"""Wire types of embeddings, scores and rerankings: OpenAI's, vLLM's and Cohere's names."""
+"""Wire types of embeddings, scores and reranking, with OpenAI's, vLLM's and Cohere's names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ENCODINGS = ("float", "base64")
 
 
 class PoolingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What all requests have in common that are answered without generating."""
+    """The common fields of all requests that generate nothing: embeddings, scores and reranking."""
 
     model: str | None = None
     truncate_prompt_tokens: int | None = None

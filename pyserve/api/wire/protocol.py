@@ -1,7 +1,7 @@
-"""Wire types: what clients send and what they get, in vLLM's and OpenAI's names.
+"""Wire types of chats, completions and tokenising, with OpenAI's and vLLM's names.
 
-A field works unless features.py has a row for it, which says what becomes of it until it is built.
-Types are checked here, ranges where the values are used.
+A field works unless features.py has a row for it, which says whether it is ignored or refused until
+it is built. Decoding checks the types; the endpoints check the ranges.
 """
 
 from __future__ import annotations
@@ -23,27 +23,30 @@ from pyserve.api.wire.tools import (
 from pyserve.limits import TOP_LOGPROBS
 
 MAX_MESSAGES = 4096
-MAX_PARTS = 4 * MAX_MESSAGES  # content parts of all messages
-MAX_NAME_CHARS = 512  # cache_salt, request_id
-MAX_SEQUENCES = 2048  # n times the prompts of one request
+MAX_PARTS = 4 * MAX_MESSAGES  # content parts in all messages together
+MAX_NAME_CHARS = 512  # of cache_salt and request_id
+MAX_SEQUENCES = 2048  # number of prompts in one request times n
 MAX_N = 128
-MAX_BEAM_WIDTH = TOP_LOGPROBS // 2  # each beam is continued by twice as many tokens
-MAX_BEAM_TOKENS = 2**26  # of prompts and beams, in all rounds of a request; each takes 0.6 us
-MAX_LENGTH_PENALTY = 10  # and the same below 0
+# The search asks for the 2 * width most likely next tokens of each beam; TOP_LOGPROBS is the most
+# that the engine reports.
+MAX_BEAM_WIDTH = TOP_LOGPROBS // 2
+# Tokens of prompts and beams that all rounds of a request process together; each takes 0.6 us.
+MAX_BEAM_TOKENS = 2**26
+MAX_LENGTH_PENALTY = 10  # the smallest value is -10
 MAX_REQUEST_TOKENS = 2**22  # prompt tokens of all sequences of one request
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1000  # of one stop string
-MAX_STOP_CHARS_IN_ALL = 2**13  # each takes 300 bytes and half a microsecond
+MAX_STOP_CHARS_IN_ALL = 2**13  # of all stop strings; each takes 300 bytes and half a microsecond
 MAX_BAD_WORD_CHARS = 256  # of one of bad_words
-MAX_BAD_WORDS_CHARS = 2**12  # of all of them, each of which is tokenised twice
-MAX_ECHO_CHARS = 2**22  # of the prompts that one request shows again, each n times
+MAX_BAD_WORDS_CHARS = 2**12  # of all bad_words together, each of which is tokenised twice
+MAX_ECHO_CHARS = 2**22  # of the prompts that the answer to one request repeats, each n times
 MAX_DOCUMENTS = 1024
 MAX_TEMPLATE_KWARGS = 64
-MAX_TEMPLATE_KWARGS_CHARS = 2**16  # of their names and texts
+MAX_TEMPLATE_KWARGS_CHARS = 2**16  # of all their names and values together
 MAX_TEMPLATE_CHARS = 2**16  # of a chat template in a request
-MAX_NESTING = 16  # of lists and objects in template kwargs and documents
+MAX_NESTING = 16  # depth of lists and objects in chat_template_kwargs and documents
 MAX_PRIORITY = 2**31 - 1
-# A fixed set: templates put the role into their markup, where any other text could forge some.
+# A fixed set: templates write the role into their markup, and any other text could forge markup.
 ROLES = ("system", "developer", "user", "assistant", "tool")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
@@ -82,7 +85,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
 
 class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What chat and text completions have in common."""
+    """The common fields of chat and text completions."""
 
     model: str | None = None
     max_tokens: int | None = None
@@ -94,7 +97,7 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, Any] | None = None  # numbers: body.py
+    logit_bias: dict[str, Any] | None = None  # body.py checks that the values are numbers
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None

@@ -1,4 +1,4 @@
-"""What the endpoints for operators and probes answer, as the API document describes it."""
+"""The answers of the endpoints for operators and health probes, as /openapi.json describes them."""
 
 from __future__ import annotations
 

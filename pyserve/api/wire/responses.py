@@ -1,7 +1,8 @@
-"""Wire types of the Responses API: what clients send. OpenAI's names, and vLLM's beside them.
+"""Wire types of requests to the Responses API, with OpenAI's names and vLLM's additional fields.
 
-Items and tools are decoded kind by kind (endpoints/responses_items.py, responses_tools.py): a kind
-that nobody knows here may have fields of any type, and is passed over.
+Items and tools arrive as plain objects and are decoded by their `type` in the endpoints
+(responses_items.py, responses_tools.py): those of an unknown type may have any fields and are
+ignored.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import msgspec
 
 from pyserve.api.wire.protocol import MAX_MESSAGES, StructuredOutputs
 
-MAX_ITEMS = 2 * MAX_MESSAGES  # of a request, with those of the responses before it
+MAX_ITEMS = 2 * MAX_MESSAGES  # of a request, including the items of the earlier responses
 MAX_PAIRS, MAX_KEY_CHARS, MAX_VALUE_CHARS = 16, 64, 512  # of metadata
-MAX_LABEL_CHARS = 512  # of user, safety_identifier and prompt_cache_key, which are shown again
+MAX_LABEL_CHARS = 512  # of user, safety_identifier and prompt_cache_key, which responses repeat
 ITEM_ROLES = ("user", "assistant", "system", "developer")
 TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
-LOGPROBS = "message.output_text.logprobs"  # of include
+LOGPROBS = "message.output_text.logprobs"  # the entry of `include` that requests logprobs
 FORMATS = ("text", "json_object", "json_schema")
 SUMMARIES = ("auto", "concise", "detailed")
 TRUNCATIONS = ("auto", "disabled")
@@ -93,7 +94,7 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
-    logit_bias: dict[str, Any] | None = None  # numbers: body.py
+    logit_bias: dict[str, Any] | None = None  # body.py checks that the values are numbers
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -105,7 +106,7 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 
 class TextPart(msgspec.Struct, frozen=True):
-    """A part of a message's content: `text`, or `refusal`."""
+    """A part of a message's content, of reasoning or of a tool result: it has text or a refusal."""
 
     type: str
     text: str | None = None
@@ -113,7 +114,7 @@ class TextPart(msgspec.Struct, frozen=True):
 
 
 class MessageItem(msgspec.Struct, frozen=True):
-    """What a user, the assistant, the system or its developer says."""
+    """A message of the user, the assistant, the system or the developer."""
 
     role: str
     content: str | list[TextPart]
@@ -123,7 +124,7 @@ class MessageItem(msgspec.Struct, frozen=True):
 
 
 class ReasoningItem(msgspec.Struct, frozen=True):
-    """What the model has thought before an answer."""
+    """The reasoning of the model before an answer."""
 
     type: str
     id: str | None = None
@@ -133,7 +134,7 @@ class ReasoningItem(msgspec.Struct, frozen=True):
 
 
 class CallItem(msgspec.Struct, frozen=True):
-    """A call of a function."""
+    """The assistant's call of a function."""
 
     type: str
     call_id: str
@@ -145,7 +146,7 @@ class CallItem(msgspec.Struct, frozen=True):
 
 
 class CustomCallItem(msgspec.Struct, frozen=True):
-    """A call of a tool that takes plain text."""
+    """The assistant's call of a custom tool, which takes plain text."""
 
     type: str
     call_id: str
@@ -157,7 +158,7 @@ class CustomCallItem(msgspec.Struct, frozen=True):
 
 
 class ResultItem(msgspec.Struct, frozen=True):
-    """What a call has given."""
+    """The result of a call of a function or custom tool."""
 
     type: str
     call_id: str
@@ -167,7 +168,7 @@ class ResultItem(msgspec.Struct, frozen=True):
 
 
 class ReferenceItem(msgspec.Struct, frozen=True):
-    """An item of a stored response."""
+    """A reference to an item of a stored response, by its id."""
 
     id: str
     type: str = "item_reference"
@@ -194,7 +195,7 @@ class FunctionTool(msgspec.Struct, frozen=True):
 
 
 class CustomTool(msgspec.Struct, frozen=True):
-    """A tool that takes plain text; `format` says which, and has no effect here."""
+    """A tool that takes plain text. `format` would restrict the text; it has no effect here."""
 
     type: str
     name: str
@@ -203,7 +204,7 @@ class CustomTool(msgspec.Struct, frozen=True):
 
 
 class NamespaceTool(msgspec.Struct, frozen=True):
-    """Tools with one name in front of theirs."""
+    """A group of tools; the namespace's name is put before the names of the tools."""
 
     type: str
     name: str

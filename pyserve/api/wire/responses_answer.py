@@ -1,6 +1,6 @@
-"""Wire types of the Responses API: what clients get. A field that may be absent is UNSET.
+"""Wire types of the Responses API's answers. A field that may be absent has the default UNSET.
 
-The tag of an item or a part is its `type`.
+The `type` of an item or a part is its Struct's tag.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Wire types of tools: what clients send."""
+"""Wire types of tools and tool calls in requests, with OpenAI's names."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import msgspec
 MAX_TOOLS = 1024
 TOOL_CHOICES = ("none", "auto", "required")
 ALLOWED_MODES = ("auto", "required")
-MAX_TOOL_CALLS = 4096  # of all messages of a request
+MAX_TOOL_CALLS = 4096  # in all messages of a request together
 MAX_TOOL_NAME_CHARS = 256
-MAX_SCHEMA_NESTING = 64  # of lists and objects in a tool's parameters
+MAX_SCHEMA_NESTING = 64  # depth of lists and objects in a tool's parameters
 
 
 class Function(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,4 +57,5 @@ class MessageCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     index: int | None = None
 
 
+# The types that clients send, for /openapi.json.
 SENT = (Function, Tool, NamedFunction, AllowedTools, ToolChoice, FunctionCall, MessageCall)
