@@ -1,7 +1,7 @@
 """Messages as clients send them -> messages in the form that a chat template expects.
 
-template_probe.py has found out which form that is. Where the template raises all the same, the
-other forms that it may take are tried.
+template_probe.py has found out which form that is. If the template raises nevertheless, the other
+forms that it may accept are tried.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from pyserve.text.template_probe import (
 )
 from pyserve.text.turn_order import has_system, in_order, is_late_system
 
-PART_TYPES = ("text", "refusal")  # of message content
+PART_TYPES = ("text", "refusal")  # types of content parts whose text is used
 
 
 def attempts(
     messages: Sequence[Mapping[str, Any]], traits: Traits
 ) -> Iterator[tuple[list[Any], str]]:
-    """The messages in the form that the template expects, then in others that it may take; and what
-    was done to their order, as turn_order.in_order has it.
+    """Yield the messages in the form that the template expects, then in others that it may accept,
+    each with a description of what was done to their order (see turn_order.in_order).
+
+    Raises InvalidRequestError or NotBuiltError if a message has the wrong form.
     """
     if not messages:
         raise InvalidRequestError("messages must hold at least one message", "messages")
@@ -52,27 +54,27 @@ def attempts(
 
 
 def _is_dropped(messages: Sequence[Mapping[str, Any]], dropped: frozenset[Place]) -> bool:
-    """Whether the template would leave out a system message without a word."""
+    """Whether the template would silently leave out a system message."""
     if "system" in dropped and has_system(messages):
         return True
     return "late system" in dropped and is_late_system(messages)
 
 
 def _only(form: Form, traits: Traits) -> Traits:
-    """`traits` with content in this form alone for roles that take it, and "" in place of none."""
+    """`traits` with only this form of content for roles that accept it, and "" for no content."""
     known = {"user": (form,), **traits.content_forms}
     forms = {role: (form,) if form in usable else usable for role, usable in known.items()}
     return replace(traits, content_forms=forms, absent="empty", absent_with_calls="empty")
 
 
 def _check_message(message: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """One message without fields that are null; the content is a text, a list of texts or None."""
+    """One message without its null fields; its content is a text, a list of texts or None."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise InvalidRequestError(f"{name} must be an object with a role", "messages")
     checked = {key: value for key, value in message.items() if value is not None}
     checked["content"] = _check_content(message.get("content"), f"{name}.content")
     calls = checked.pop("tool_calls", None)
-    if calls:  # templates ask whether it is defined
+    if calls:  # left out if empty: templates test whether it is defined
         checked["tool_calls"] = _check_tool_calls(calls, f"{name}.tool_calls")
     reasoning = next((checked[key] for key in REASONING if key in checked), None)
     if reasoning is not None:
@@ -93,7 +95,7 @@ def _prepare(checked: list[dict[str, Any]], traits: Traits) -> list[Any]:
 
 
 def _prepare_message(message: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
-    """A checked message in the form that the template expects."""
+    """A message from _check_message in the form that the template expects."""
     prepared = {**message, "role": known_role(message["role"], traits)}
     if "tool_calls" in message:
         prepared["tool_calls"] = [_prepare_call(call, traits) for call in message["tool_calls"]]
@@ -116,7 +118,7 @@ def known_role(role: str, traits: Traits) -> str:
 
 
 def _in_form(content: str | list[str] | None, forms: Sequence[Form]) -> str | list[Any]:
-    """As it was given, where the template takes that."""
+    """Content as text or as parts: in the form it came in, if the template accepts that form."""
     given: Form = "parts" if isinstance(content, list) else "text"
     texts = content if isinstance(content, list) else [] if content is None else [content]
     if (given if given in forms else forms[0]) == "text":
@@ -144,12 +146,14 @@ def _part_text(part: Any, name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Arguments:
+    """The arguments of a tool call, as an object and as text."""
+
     value: Mapping[str, Any]
-    text: str  # as JSON
+    text: str  # the same as JSON
 
 
 def _check_tool_calls(calls: Any, name: str) -> list[Any]:
-    """Arguments come as JSON text or as an object; both are kept."""
+    """The calls, with their arguments, which may be JSON text or an object, kept in both forms."""
     if not isinstance(calls, list):
         raise InvalidRequestError(f"{name} must be a list", "messages")
     checked = []
@@ -166,7 +170,7 @@ def _check_tool_calls(calls: Any, name: str) -> list[Any]:
                 f"{name}[{i}].function.arguments must be a JSON object", "messages"
             )
         text = given
-        if not text or not isinstance(text, str):  # as `tojson` writes it
+        if not text or not isinstance(text, str):  # as the template filter `tojson` writes it
             text = json.dumps(arguments or {}, ensure_ascii=False)
         arguments = _Arguments(arguments or {}, text)
         checked.append({**call, "function": {**function, "arguments": arguments}})

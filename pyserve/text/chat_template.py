@@ -1,8 +1,8 @@
-"""Messages -> prompt, by the template that comes with the model.
+"""Messages -> prompt, by the chat template that comes with the model.
 
-What clients send is brought into the form that the template expects (template_probe.py finds out
-which), the template renders it in a sandbox, and what users wrote is kept apart from the template's
-control tokens (guard.py).
+First, messages from clients are brought into the form that the template expects, which
+template_probe.py has found. Then the template renders them in a sandbox. Text from users is kept
+apart from the template's control tokens (guard.py).
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from pyserve.text.template_source import GLOBALS, TemplateRefusal, compile_templ
 from pyserve.text.tokenizer import Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
-MAX_MESSAGE_CHARS = 1000  # of what a template says against a request
+MAX_MESSAGE_CHARS = 1000  # length of a template's error message in an answer
 
 _DEFAULT, _TOOL_USE = "default", "tool_use"
 _NO_TEMPLATE = (
     "the model has no chat template: use /v1/completions, or start the server with --chat-template"
 )
-# Behind the mark at the end of a message to be continued: white space that `trim` takes off, and
-# that no template writes itself.
+# Put after the mark at the end of a message to be continued. It is white space that `trim` removes
+# and that no template writes itself, so it shows whether the template strips messages.
 _WIDE_SPACE = "\u3000"
 _OWN_NAMES = GLOBALS | {
     "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
@@ -58,13 +58,15 @@ class _Compiled:
 
 
 class ChatTemplate:
-    """A model's chat template; a model may have a second one, "tool_use", for requests with tools.
+    """A model's chat template. Some models have a second one, "tool_use", for requests with tools.
 
-    sources         template name -> jinja source; empty where the model has none.
-    special_tokens  variables that templates use, such as bos_token.
-    control_tokens  strings that only the template may write.
+    sources         name of a template -> its jinja source; empty if the model has none.
+    special_tokens  variables that templates use, such as bos_token -> their strings.
+    control_tokens  strings that only the template may write, not the user.
+    origin          where the sources come from, for errors.
 
-    A template that cannot be used is in `faults`, name -> reason, and rendering raises that.
+    `faults` has the reason for each template that cannot be used; rendering with it raises that
+    reason.
     """
 
     def __init__(
@@ -93,10 +95,11 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, tokenizer: Tokenizer, *, override: str | None = None) -> ChatTemplate:
-        """The template of the tokenizer's folder, or `override`: a file's path or jinja source.
+        """The template in the tokenizer's folder, or `override`: the path of a file, or jinja
+        source.
 
-        Raises ConfigError and CheckpointError on a fault of `override`. A fault of the model's own
-        template is only logged: everything but chats works without a template.
+        Raises ConfigError or CheckpointError if `override` has a fault. A fault of the model's own
+        template is only logged, because everything except chats works without a template.
         """
         template = cls(
             {}, special_tokens=tokenizer.special_tokens, control_tokens=tokenizer.control_tokens
@@ -114,7 +117,9 @@ class ChatTemplate:
         return template
 
     def with_source(self, source: str, *, origin: str) -> ChatTemplate:
-        """The same model with another template. Raises CheckpointError on a syntax error."""
+        """This model with another template. Raises CheckpointError if the source is not a valid
+        template.
+        """
         other = copy.copy(self)
         other._compiled = {_DEFAULT: self._compile(source, origin)}
         other.faults = {}
@@ -122,7 +127,7 @@ class ChatTemplate:
 
     @property
     def source(self) -> str | None:
-        """Of the template that chats get, where it can be used."""
+        """The source of the default template; None if there is none that can be used."""
         compiled = self._compiled.get(_DEFAULT)
         return None if compiled is None or _DEFAULT in self.faults else compiled.source
 
@@ -132,12 +137,12 @@ class ChatTemplate:
             return _Compiled(template, variables, probe(template, self._special_tokens), source)
 
     def reserved(self, names: Iterable[str]) -> frozenset[str]:
-        """The names that no `template_kwargs` may have."""
+        """Those of the names that the keys of `template_kwargs` must not have."""
         return (_OWN_NAMES | self._special_tokens.keys()) & set(names)
 
     def check_defaults(self, names: Iterable[str]) -> None:
-        """Names of variables that every chat gets: ConfigError where one is reserved, and a line in
-        the log about those that the template does not look at.
+        """Check the names of variables that every chat gets. Raises ConfigError if one is reserved,
+        and logs those that no template reads.
         """
         flag = "--default-chat-template-kwargs"
         if reserved := self.reserved(names):
@@ -149,12 +154,12 @@ class ChatTemplate:
             )
 
     def unused(self, names: Iterable[str], *, has_tools: bool = False) -> list[str]:
-        """The names in `template_kwargs` that the template does not look at."""
+        """Those of the names that the template does not read."""
         known = self._choose(has_tools).variables
         return [name for name in names if name not in known]
 
     def shows_role(self, role: str, *, has_tools: bool = False) -> bool:
-        """Whether the template shows a message of the role system or tool."""
+        """Whether the template shows messages of `role`, which is system or tool."""
         return role in self._choose(has_tools).traits.content_forms
 
     def shows_name(self, role: str, *, has_tools: bool = False) -> bool:
@@ -163,11 +168,13 @@ class ChatTemplate:
         return known_role(role, traits) in traits.named_roles
 
     def shows_reasoning(self, *, has_tools: bool = False) -> bool:
-        """Whether the template shows the thinking of an assistant's message in any place."""
+        """Whether the template shows the thinking in an assistant's message anywhere."""
         return self._choose(has_tools).traits.reasoning is not None
 
     def _choose(self, has_tools: bool) -> _Compiled:
-        """The template for a request; raises where there is none, or none that can be used."""
+        """The template for a request. Raises InvalidRequestError if the model has none, and
+        ChatTemplateError if it cannot be used.
+        """
         is_special = has_tools and (_TOOL_USE in self._compiled or _TOOL_USE in self.faults)
         name = _TOOL_USE if is_special else _DEFAULT
         if name in self.faults:
@@ -190,13 +197,14 @@ class ChatTemplate:
         documents: Sequence[Any] | None = None,
         time_limit_s: float = MAX_RENDER_S,
     ) -> ChatPrompt:
-        """The prompt, for Tokenizer.encode_chat.
+        """The prompt of a conversation, for Tokenizer.encode_chat.
 
-        messages, tools, documents, template_kwargs: JSON-like data as clients send it; not changed.
-        continue_final_message: the prompt ends with the last message's text, to be continued.
+        messages, tools, documents and template_kwargs are JSON-like data as clients send it, and
+        are not changed. With continue_final_message the prompt ends with the last message's text,
+        so that the model continues it.
 
-        Raises InvalidRequestError where a message has the wrong form or the template refuses,
-        NotBuiltError on a content part that is not text, ChatTemplateError where the template
+        Raises InvalidRequestError if a message has the wrong form or the template refuses,
+        NotBuiltError for a content part that is not text, and ChatTemplateError if the template
         takes longer than `time_limit_s`, makes too much or cannot be used at all.
         """
         compiled = self._choose(bool(tools))
@@ -237,13 +245,15 @@ class ChatTemplate:
                     refusal = refusal or error
         except RecursionError as error:
             raise InvalidRequestError("messages are nested too deeply", "messages") from error
-        assert refusal is not None  # there is always an attempt
+        assert refusal is not None  # attempts yields at least one form
         raise refusal
 
     def render_as_given(
         self, messages: Sequence[Mapping[str, str]], *, time_limit_s: float = MAX_RENDER_S
     ) -> ChatPrompt:
-        """As `render`, of messages with roles that this template alone knows, in their order."""
+        """Like `render`, but for messages with roles that only this template knows: their form and
+        order are not changed.
+        """
         return self._render(
             self._choose(False),
             {"messages": [dict(message) for message in messages], "tools": None, "documents": None},
@@ -292,7 +302,9 @@ class ChatTemplate:
 
 
 def _extend_final_text(messages: list[Any], mark: str) -> None:
-    """Put a mark behind the text of the last message."""
+    """Append a mark to the text of the last message. Raises InvalidRequestError if it has no
+    content.
+    """
     content = messages[-1].get("content")
     if isinstance(content, str):
         messages[-1]["content"] = content + mark
@@ -305,9 +317,10 @@ def _extend_final_text(messages: list[Any], mark: str) -> None:
 
 
 def _cut_at(text: str, mark: str) -> str:
-    """The text up to the mark, which stands behind the last message with white space after it.
+    """The text up to the mark, which stands after the last message and before _WIDE_SPACE.
 
-    Where that is missing, the template strips its messages, and so does this.
+    If that white space is missing, the template has stripped the message, so the text is stripped
+    too. Raises InvalidRequestError if there is no mark.
     """
     before, found, after = text.rpartition(mark)
     if not found:
@@ -319,11 +332,14 @@ def _cut_at(text: str, mark: str) -> str:
 
 
 def _refusal(error: Exception) -> RequestError:
-    """The template's own words, or Python's about a value of the wrong kind; no more than that."""
+    """The error for a client: with the template's own words, or with Python's about undefined
+    values and wrong types. No other message is passed on.
+    """
     words = str(error)[:MAX_MESSAGE_CHARS]
     if isinstance(error, TemplateRefusal):
         return InvalidRequestError(words, "messages")
-    if type(error) is TemplateRuntimeError:  # of a filter or test that does not exist
+    # The template uses a filter or test that does not exist.
+    if type(error) is TemplateRuntimeError:
         return ChatTemplateError(f"the model's chat template cannot be rendered: {words}")
     is_about_values = isinstance(error, (jinja2.UndefinedError, TypeError))
     reason = f": {words}" if is_about_values else ""
@@ -331,7 +347,9 @@ def _refusal(error: Exception) -> RequestError:
 
 
 def read_override(override: str) -> str:
-    """--chat-template: jinja source is told from a path by its braces or line breaks."""
+    """The jinja source that --chat-template names. A value with braces or line breaks is the source
+    itself, any other is a path. Raises ConfigError.
+    """
     if any(char in override for char in "{}\n"):
         return override
     try:
@@ -344,7 +362,9 @@ def read_override(override: str) -> str:
 
 
 def _read_sources(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], str]:
-    """chat_template.jinja, else chat_template in tokenizer_config.json: text, or named texts."""
+    """Templates by name, and where they come from: chat_template.jinja, or else chat_template in
+    tokenizer_config.json, which is one text or a list of named texts. Raises CheckpointError.
+    """
     path = folder / TEMPLATE_FILE
     if path.is_file():
         files = {_DEFAULT: path}

@@ -1,8 +1,8 @@
-"""A folder with vocab.json and merges.txt alone -> the tokenizer that transformers makes of them.
+"""A folder with only vocab.json and merges.txt -> the tokenizer that transformers makes of them.
 
-The only place that imports transformers (and torch with it: seconds), which the extra `convert`
-installs. So only cli.py imports this module, where a folder needs it. Code in the folder is never
-run.
+This is the only module that imports transformers, which imports torch and takes seconds. The extra
+`convert` installs it. So only cli.py imports this module, and only if a folder needs it. Code in
+the folder is never run.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ try:
 except ImportError:
     __version__ = "0"
 
-MIN_TRANSFORMERS = (5, 3)  # older ones run code that a model's config names
+MIN_TRANSFORMERS = (5, 3)  # older versions run code that a model's config names
 
 _SOURCES = ("vocab.json", "merges.txt")
 _REMEDY = f"--tokenizer names another folder that has {TOKENIZER_FILE}"
 
 
 def convert_tokenizer(folder: Path) -> Converted:
-    """Raises CheckpointError with the remedy."""
+    """The tokenizer for the folder. Raises CheckpointError naming a remedy."""
     if not all((folder / name).is_file() for name in _SOURCES):
         raise CheckpointError(
             f"{folder}: neither {TOKENIZER_FILE} nor {MODEL_FILE} nor {' + '.join(_SOURCES)}; "

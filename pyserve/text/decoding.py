@@ -1,15 +1,16 @@
 """Token ids -> bytes, by the rules in the `decoder` section of tokenizer.json.
 
-Every decoder of a language model that we know is local: each token stands for fixed bytes, except
-for rules about the first token or the first characters of a text. So a text is a concatenation of
-bytes, and streaming needs no look at earlier tokens (detokenizer.py). A decoder that is not local
-is refused by name: a wrong text is worse than an error.
+Every decoder of a language model that we know is local: each token stands for fixed bytes, apart
+from rules about the first token or the first characters of a text. So a text is the concatenation
+of its tokens' bytes, and streaming need not look at earlier tokens (detokenizer.py). A decoder that
+is not local is refused by name, because an error is better than a wrong text.
 
-Differs from the `tokenizers` library in two points, on purpose. It replaces a whole run of
-byte-fallback tokens by U+FFFD when any part of the run is not UTF-8. That takes back characters
-that were already sent. Here, as in SentencePiece, only the bytes at fault are replaced. And in
-byte-level tokenizers it reads the letters of an added token as bytes, although encoding finds such
-a token by its plain text: "schöner" loses its "ö". Here an added token reads as it is written.
+The result differs from the `tokenizers` library in two points, on purpose. First, the library
+replaces a whole run of byte-fallback tokens by U+FFFD if any part of the run is not UTF-8, which
+takes back characters that were already sent. Here, as in SentencePiece, only the invalid bytes are
+replaced. Second, in byte-level tokenizers the library reads the letters of an added token as bytes,
+although encoding finds such a token by its plain text: "schöner" loses its "ö". Here an added token
+is decoded to its plain text.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from typing import Any
 
 from pyserve.errors import CheckpointError
 
-Rewrite = Callable[[str, bool], str]  # (token, is it the first of the text) -> token
+# (string of a token, whether it is the first of the text) -> its text.
+Rewrite = Callable[[str, bool], str]
 
-# Name of the codec error handler for byte fallback: one U+FFFD for each byte, as SentencePiece and
-# `tokenizers` have it ("replace" gives one for each cut-off character, as ByteLevel decoders do).
+# Name of the codec error handler for byte fallback: one U+FFFD for each invalid byte, as
+# SentencePiece and `tokenizers` do ("replace" gives one for each incomplete character, as ByteLevel
+# decoders do).
 REPLACE_EACH_BYTE = "pyserve.replace_each_byte"
 
 _FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>").fullmatch
@@ -36,12 +39,12 @@ _FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>").fullmatch
 class Layout:
     """What a `decoder` section says.
 
-    rewrites       change a token's string, in order.
-    byte_level     characters stand for bytes, as in GPT-2.
-    byte_fallback  tokens named <0x00> to <0xFF> are bytes.
-    strip_char, strip_count
-                   up to so many of these characters are dropped from the start of the whole text.
-    has_first      the rewrites treat the first token of a text in another way.
+    rewrites                 functions that change a token's string, applied in order.
+    byte_level               each character stands for a byte, as in GPT-2.
+    byte_fallback            tokens named <0x00> to <0xFF> are bytes.
+    strip_char, strip_count  up to strip_count of these characters are removed from the start of the
+                             whole text.
+    has_first                the rewrites treat the first token of a text differently.
     """
 
     rewrites: tuple[Rewrite, ...] = ()
@@ -54,7 +57,7 @@ class Layout:
     def piece(self, token: str, is_first: bool, *, is_plain: bool = False) -> bytes:
         """The bytes that a token adds to a text.
 
-        is_plain  the token is written as it reads, also where characters stand for bytes.
+        is_plain  the token's string is its text, even where characters stand for bytes.
         """
         for rewrite in self.rewrites:
             token = rewrite(token, is_first)
@@ -69,7 +72,9 @@ class Layout:
 
 
 class Pieces(dict[int, bytes]):
-    """Token id -> bytes, filled as ids come up; ids without a token are empty."""
+    """Token id -> bytes, filled when an id is first asked for. Ids without a token have
+    no bytes.
+    """
 
     def __init__(self, make: Callable[[int], bytes | None]) -> None:
         super().__init__()
@@ -84,7 +89,7 @@ class Pieces(dict[int, bytes]):
 
 
 class TokenDecoder:
-    """Bytes of tokens, with and without special tokens; shared by all texts of a tokenizer."""
+    """The bytes of tokens, with and without special tokens; shared by all texts of a tokenizer."""
 
     def __init__(
         self,
@@ -100,13 +105,14 @@ class TokenDecoder:
         self._plain_token_ids = plain_token_ids
         self._special_token_ids = special_token_ids
         self._all_pieces = Pieces(self._make_all)
-        # By the special tokens that are skipped; parsers show a few, the same for all texts.
+        # Set of skipped special tokens -> pieces. There are few such sets: a parser shows the same
+        # special tokens in every text.
         self._other_pieces: dict[frozenset[int], Pieces] = {}
 
     def pieces(self, *, skip_special_tokens: bool, shown: frozenset[int] = frozenset()) -> Pieces:
-        """Bytes of each token; those of special tokens are empty if they are skipped.
+        """The bytes of each token. Special tokens have none if they are skipped.
 
-        shown  special tokens that are not skipped in any case.
+        shown  special tokens that are never skipped.
         """
         if not skip_special_tokens:
             return self._all_pieces
@@ -119,7 +125,7 @@ class TokenDecoder:
     def first_piece(
         self, token_id: int, *, skip_special_tokens: bool, shown: frozenset[int] = frozenset()
     ) -> bytes | None:
-        """Bytes of a token at the start of a text; None where it is skipped or has no token."""
+        """The bytes of a token at the start of a text; None if it is skipped or has no token."""
         if skip_special_tokens and token_id in self._special_token_ids - shown:
             return None
         return self._piece(token_id, is_first=True)
@@ -138,8 +144,8 @@ class TokenDecoder:
 
 
 def parse_layout(spec: Any) -> Layout:
-    """Read a `decoder` section (decoded JSON). Raises CheckpointError on one that is not local."""
-    if spec is None:  # no decoder: tokens are joined by spaces
+    """Read a `decoder` section (decoded JSON). Raises CheckpointError if it is not local."""
+    if spec is None:  # without a decoder, tokens are joined by spaces
         return Layout(rewrites=(_join_by_space,), has_first=True)
     rewrites: list[Rewrite] = []
     flags: dict[str, Any] = {}
@@ -191,7 +197,9 @@ def _metaspace(replacement: str, *, is_first_dropped: bool) -> Rewrite:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's table: printable bytes stand for themselves, the others for U+0100 and on."""
+    """GPT-2's table, character -> byte: printable bytes stand for themselves, others for U+0100 and
+    up.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {chr(byte): byte for byte in printable}
     others = (byte for byte in range(256) if byte not in printable)

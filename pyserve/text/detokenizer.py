@@ -1,9 +1,9 @@
-"""Output tokens -> text, as they come.
+"""Output tokens -> text, as they are generated.
 
-Exact: what `push` and `flush` return, put together, is the text that decoding prompt and output
-together has beyond the text of the prompt, for every way the output is cut into pushes. Bytes of a
-character that is not complete are held back, at most 3; nothing else is kept, so the state of a
-stream does not grow, and its creation looks at a few prompt tokens only.
+The texts that `push` and `flush` return, joined, are exactly what decoding prompt and output
+together gives beyond the text of the prompt, however the output is cut into pushes. Only the bytes
+of an incomplete character are held back, at most 3, so the state does not grow, and making a
+Detokenizer looks at only a few prompt tokens.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from pyserve.text.decoding import TokenDecoder
 
 
 class HasDecoder(Protocol):
-    """What a Detokenizer needs of a Tokenizer."""
+    """The part of a Tokenizer that a Detokenizer needs."""
 
     @property
     def decoder(self) -> TokenDecoder: ...
 
 
 class Detokenizer:
-    """Text of one sequence's output.
+    """The text of one sequence's output.
 
-    prompt_token_ids decide how the output's first characters read: SentencePiece drops a space at
-    the start of a text, not in its middle, and a prompt may end within a character. A character
-    that the output completes belongs to the output.
-
-    shown are special tokens that are not skipped in any case.
+    prompt_token_ids  the tokens before the output. They decide how its first characters read:
+                      SentencePiece removes a space at the start of a text, but not in its middle,
+                      and a prompt may end within a character. A character that the output completes
+                      belongs to the output.
+    shown             special tokens that are never skipped.
     """
 
     __slots__ = (
@@ -52,27 +52,31 @@ class Detokenizer:
         pieces = self._decoder.pieces(skip_special_tokens=skip_special_tokens, shown=shown)
         self._piece_of = pieces.__getitem__
         self._errors = self._decoder.errors
-        self._held = b""  # the bytes of a character that is not complete
+        self._held = b""  # bytes of an incomplete character
         layout = self._decoder.layout
-        self._wants_first = layout.has_first  # no token of the text has come yet
-        self._strip_left = layout.strip_count  # characters at the text's start that may be dropped
-        self._prompt_tail = ""  # what the prompt's last bytes read as if they stay incomplete
+        self._wants_first = layout.has_first  # the text has no token yet
+        # Characters that may still be removed from the text's start.
+        self._strip_left = layout.strip_count
+        # The text of the prompt's last bytes if their character stays incomplete.
+        self._prompt_tail = ""
         self._at_start = self._wants_first or self._strip_left > 0
         if prompt_token_ids:
             self._pass_prompt(prompt_token_ids)
 
     def copy(self) -> Detokenizer:
-        """A detokenizer for another text that goes on from the same place."""
+        """A detokenizer for another text that continues from the same state."""
         return copy.copy(self)
 
     def hide(self, token_ids: frozenset[int]) -> None:
-        """From here on these tokens are not among those of `shown`."""
+        """Remove these tokens from `shown`: from now on they are skipped like other
+        special tokens.
+        """
         self._shown -= token_ids
         pieces = self._decoder.pieces(skip_special_tokens=self._skip, shown=self._shown)
         self._piece_of = pieces.__getitem__
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text that these tokens complete; "" where they complete no character."""
+        """The text that these tokens complete; "" if they complete no character."""
         if self._at_start:
             return self._push_at_start(token_ids)
         data = self._held + b"".join(map(self._piece_of, token_ids))
@@ -81,13 +85,17 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """The text held back, at the end of the output: an incomplete character reads U+FFFD."""
+        """The text that was held back, at the end of the output: an incomplete character gives
+        U+FFFD.
+        """
         text, _ = utf_8_decode(self._held, self._errors, True)
         self._held = b""
         return self._trim(text) if self._at_start else text
 
     def _push_at_start(self, token_ids: Sequence[int]) -> str:
-        """`push` while a rule about the start of the text, or of the output, may still apply."""
+        """Like `push`, while a rule about the start of the text or of the output may
+        still apply.
+        """
         data, index = self._held, 0
         while self._wants_first and index < len(token_ids):
             piece = self._decoder.first_piece(
@@ -103,9 +111,12 @@ class Detokenizer:
         return self._trim(text)
 
     def _trim(self, text: str) -> str:
-        """Apply the rules to the next characters of the text; they end with the first one kept."""
+        """Apply these rules to the next characters of the text. They end with the first character
+        that is kept.
+        """
         if text and self._prompt_tail:
-            if text.startswith(self._prompt_tail):  # never completed: it is the prompt's text
+            # The character was never completed, so its text belongs to the prompt.
+            if text.startswith(self._prompt_tail):
                 text = text[len(self._prompt_tail) :]
                 self._strip_left = 0
             self._prompt_tail = ""
@@ -120,7 +131,7 @@ class Detokenizer:
         return text
 
     def _pass_prompt(self, prompt_token_ids: Sequence[int]) -> None:
-        """Bring the state to the end of the prompt, from its first and last tokens alone."""
+        """Set the state to the end of the prompt, reading only its first and last tokens."""
         for token_id in prompt_token_ids:
             if not self._at_start:
                 break
@@ -128,7 +139,7 @@ class Detokenizer:
         tail = b""
         for token_id in reversed(prompt_token_ids):
             tail = self._piece_of(token_id) + tail
-            if len(tail) >= 3:  # the longest incomplete character
+            if len(tail) >= 3:  # an incomplete character has at most 3 bytes
                 break
         _, num_used = utf_8_decode(tail, "replace", False)
         self._held = tail[num_used:]

@@ -1,9 +1,9 @@
-"""Structured outputs: what a request asks for -> which tokens may come next.
+"""Structured outputs: compile what a request asks for into a grammar that masks tokens.
 
-llguidance is the engine. Compiling happens on a thread of its own with a large stack, as the engine
-recurses, and everything that is known to take long in it, or too much memory, is refused before
-(grammar_schema, grammar_pattern, grammar_lark). A blow-up that only shows while an answer is made
-ends that answer alone.
+The grammar engine is llguidance. It recurses deeply, so it compiles on a thread of its own with a
+large stack. Whatever is known to take it too long or too much memory is refused before compiling
+(grammar_schema, grammar_pattern, grammar_lark). If the states of a grammar multiply beyond the
+limits only while an answer is generated, that answer alone fails.
 """
 
 from __future__ import annotations
@@ -44,37 +44,43 @@ from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 
 MAX_SPEC_BYTES = 2**18
 MAX_CHOICES = 10_000
-MAX_RENEWAL_S = 0.02  # compiles that take longer are not repeated while sequences wait
-MIN_SIDE_BY_SIDE_S = 5e-5  # of a mask: shorter ones take longer on two threads than on one
-MAX_COPIES = 8  # of a grammar
-MAX_COPY_S = 0.004  # of masks in a step, by one copy: more are worth another one
-MAX_TOO_LONG = 1000  # that are remembered
-MAX_CACHED = 64  # grammars
-MAX_CACHED_BYTES = 2**24  # estimated, with the states that answers have added; one has half at most
-MAX_BYTES = MAX_ALL_BYTES // 4  # of one grammar
-MIN_BYTES = 2**17  # of a compiled grammar, and more for each character of its text
-BYTES_PER_CHAR = 128
-BYTES_PER_S = 1.2e9  # of work to compile one, at most: 240 to 650 MB have been measured
+MAX_RENEWAL_S = 0.02  # a grammar that takes longer to compile is neither copied nor renewed
+MIN_SIDE_BY_SIDE_S = 5e-5  # faster masks take longer on two threads than on one
+MAX_COPIES = 8  # of one grammar, so that several threads can fill its masks
+MAX_COPY_S = 0.004  # of mask work in a step for one copy; above it, another copy pays
+MAX_TOO_LONG = 1000  # keys of grammars that took too long to compile
+MAX_CACHED = 64  # grammars in the cache
+MAX_CACHED_BYTES = 2**24  # estimated, with states added by answers; one grammar may take half
+MAX_BYTES = MAX_ALL_BYTES // 4  # limit for one compiled grammar
+MIN_BYTES = 2**17  # lowest estimate for a compiled grammar, without its text
+BYTES_PER_CHAR = 128  # of that text, added to MIN_BYTES
+# Upper bound of the bytes that a second of compiling allocates; 240 to 650 MB were measured.
+BYTES_PER_S = 1.2e9
 TRIAL_TOKENS = 8
-MAX_STEP_S = 0.1  # of work in a step, of the answers to one request together
-MAX_LEXER_STATES = 20_000  # a kilobyte or two each, of one sequence
-MAX_GRAMMAR_SIZE = 200_000  # symbols
-MAX_STEP_FUEL = 50_000  # of the lexer, for one mask: a blow-up ends within 20 ms, not 400
+MAX_STEP_S = 0.1  # CPU time for the masks of one request's answers in one step
+MAX_LEXER_STATES = 20_000  # of one sequence; each takes 1 to 2 kB
+MAX_GRAMMAR_SIZE = 200_000  # symbols of the compiled grammar
+MAX_STEP_FUEL = 50_000  # lexer work for one mask: a grammar that blows up fails in 20 ms, not 400
 
 _SPECIAL_IN_REGEX = frozenset(r"\.+*?()|[]{}^$#&-~/ ")
 
 
 class Spec(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """What is asked for. Exactly one of these classes; `param` is the field that asks."""
+    """What a request asks for: one of the subclasses below. `param` is the request
+    field with it.
+    """
 
     param: str
 
 
 class JsonSchema(Spec, frozen=True, tag=True):
-    """A JSON value that is valid by a schema.
+    """A JSON value that is valid by a JSON Schema.
 
-    whitespace                 a pattern; "" for none, None for what models like to write.
-    has_additional_properties  of objects whose schema does not say.
+    whitespace                 a pattern for the white space between JSON tokens; "" allows none,
+                               and None stands for WHITESPACE, which covers what models like to
+                               write.
+    has_additional_properties  whether objects may have properties that their schema does not name,
+                               where the schema itself does not say.
     """
 
     schema: Any
@@ -83,41 +89,41 @@ class JsonSchema(Spec, frozen=True, tag=True):
 
 
 class Regex(Spec, frozen=True, tag=True):
-    """A text that a regular expression matches in whole."""
+    """A text that matches a regular expression from its first to its last character."""
 
     pattern: str
 
 
 class Choice(Spec, frozen=True, tag=True):
-    """One of some texts."""
+    """One of the given texts."""
 
     texts: list[str]
 
 
 class Grammar(Spec, frozen=True, tag=True):
-    """A text of a grammar, in Lark or GBNF."""
+    """A text that follows a grammar, which is written in Lark or GBNF."""
 
     text: str
 
 
 class Tags(Spec, frozen=True, tag=True):
-    """Structural tags, as grammar_tags has them."""
+    """Structural tags, in the form that grammar_tags.py describes."""
 
     tags: dict[str, Any]
     whitespace: str | None = None
 
 
 class Compiled:
-    """A grammar; `constraint` makes one for each sequence, and takes microseconds.
+    """A compiled grammar. `constraint` makes the constraint of one sequence in microseconds.
 
-    Masks that use the same states are filled one after the other. Where those of the answers that
-    run would take long, there are copies of the grammar, and new answers begin with the one that
-    has the fewest.
+    Masks that use the same engine states can only be filled one after the other. If that would take
+    too long for the answers that are running, copies of the grammar are made, and each new answer
+    uses the copy with the fewest answers.
 
-    is_exhausted  an answer has found that what all of them share is full.
-
-    num_bytes           of what its compile has left, estimated.
-    compile_s, token_s  what it took to compile it, and takes to go on by one token.
+    is_exhausted        an answer has found the states that all answers share to be full or broken.
+    num_bytes           estimated memory that compiling has left allocated.
+    compile_s, token_s  seconds that compiling took, and seconds of CPU time for one mask and its
+                        token.
     """
 
     def __init__(
@@ -134,12 +140,14 @@ class Compiled:
 
     @property
     def num_bytes(self) -> int:
-        """Of all copies, estimated, with the states that answers have added."""
+        """Estimated memory of all copies, including the states that answers have added."""
         return sum([copy.num_bytes for copy in self._copies])
 
     @property
     def is_stale(self) -> bool:
-        """The next request compiles it anew; one that is too slow would be so again."""
+        """Whether the next request must compile the grammar anew. A grammar that is too slow is
+        kept, because compiling it again would not make it faster.
+        """
         is_dropped = any(copy.matcher is None for copy in self._copies)
         return self.is_exhausted or (is_dropped and not self._is_too_slow)
 
@@ -148,7 +156,9 @@ class Compiled:
         return self._copies[0].is_too_slow
 
     def check_pace(self, param: str, *, n: int = 1) -> None:
-        """Raise InvalidRequestError where n answers at once would keep all others waiting."""
+        """Raise InvalidRequestError if n answers at once would make all other sequences wait too
+        long.
+        """
         if self._is_too_slow:
             raise InvalidRequestError(f"{param}: {TOO_SLOW}", param)
         if n > 1 and n * self._token_s > MAX_STEP_S:
@@ -160,7 +170,7 @@ class Compiled:
             )
 
     def wants_copy(self, n: int) -> bool:
-        """Whether n more answers should find another copy, which takes as long as a compile."""
+        """Whether n more answers justify another copy, which takes as long to make as a compile."""
         copies = self._copies
         num_answers = n + sum([len(copy.answers) for copy in copies])
         mask_s = max(copy.mask_s for copy in copies)
@@ -171,19 +181,21 @@ class Compiled:
         return len(copies) < min(MAX_COPIES, num_threads())
 
     def add_copies(self, n: int) -> None:
-        """Until n more answers want none."""
+        """Add copies until n more answers need no further one."""
         table = self.vocabulary.table()
         while self.wants_copy(n) and not is_memory_full():
             first = self._copies[0]
             try:
                 matcher = run_bounded(lambda: _matcher_of(table, self._text), "the grammar")
-            except RequestError:  # those that there are serve as well, more slowly
+            except RequestError:  # the existing copies still work, only more slowly
                 return
             copy = Shared(matcher, self._num_bytes, mask_s=first.mask_s, copy_of=first)
             self._copies.append(copy)
 
     def constraint(self, *, free_until: FreeUntil | None = None) -> GrammarConstraint:
-        """For one sequence, whose thinking is free if there is any; None: there is none."""
+        """The constraint for one sequence. free_until describes its thinking, during which every
+        token is allowed; None if the sequence has no such part. Raises InvalidRequestError.
+        """
         copy = min(self._copies, key=lambda copy: len(copy.answers))
         if copy.matcher is None:
             raise InvalidRequestError("an answer to the same grammar has failed: it is too complex")
@@ -191,7 +203,7 @@ class Compiled:
 
     def _renew(self) -> Shared | None:
         self.is_exhausted = True
-        if self._compile_s > MAX_RENEWAL_S:  # a step of all sequences waits for it
+        if self._compile_s > MAX_RENEWAL_S:  # the whole step would wait for the compile
             return None
         table = self.vocabulary.table()
         matcher = run_bounded(lambda: _matcher_of(table, self._text), "the grammar")
@@ -199,9 +211,10 @@ class Compiled:
 
 
 class GrammarCache:
-    """Grammars that have been compiled, the last used kept; of one vocabulary. Thread-safe.
+    """The compiled grammars of one vocabulary, least recently used evicted first. Thread-safe.
 
-    too_long  keys of those that took too long: to try one again would take a core for as long.
+    too_long  keys of specs that took too long to compile. They are refused at once, because another
+              attempt would occupy a core for just as long.
     """
 
     def __init__(self) -> None:
@@ -215,7 +228,7 @@ class GrammarCache:
             if found is None or found.is_stale:
                 return None
             self._grammars.move_to_end(key)
-            self._shrink()  # answers have added states since
+            self._shrink()  # running answers may have added states since the last call
             return found
 
     def put(self, key: bytes, compiled: Compiled) -> None:
@@ -225,7 +238,9 @@ class GrammarCache:
             self._shrink()
 
     def _shrink(self) -> None:
-        """Let go of what is too large by now, then of what was used longest ago."""
+        """Evict grammars that have grown too large, then least recently used ones until the rest
+        fits.
+        """
         sizes = {key: compiled.num_bytes for key, compiled in self._grammars.items()}
         for key, size in sizes.items():
             if size > MAX_CACHED_BYTES // 2:
@@ -236,7 +251,7 @@ class GrammarCache:
 
 
 class Grammars:
-    """Those of one model."""
+    """Compiles grammars for one model, and caches them."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
@@ -244,26 +259,28 @@ class Grammars:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, defaults: GenerationDefaults, vocab_size: int) -> Grammars:
-        """What ends an answer is what ends it elsewhere too."""
+        """For a model's tokenizer. The EOS tokens are the same ones that end any other answer."""
         named = [tokenizer.eos_token_id, *defaults.eos_token_ids]
         eos_token_ids = [token_id for token_id in named if token_id is not None]
         return cls(Vocabulary(tokenizer, vocab_size=vocab_size, eos_token_ids=eos_token_ids))
 
     def get(self, spec: Spec, *, n: int = 1) -> Compiled | None:
-        """What `spec` was compiled to before; takes microseconds. None where n answers should wait
-        for `compile`. Raises as spec_key does.
+        """The cached grammar of `spec`, in microseconds. None if it is not cached, or if n answers
+        should call `compile` to get another copy first. Raises as spec_key does.
         """
         found = self._cache.get(spec_key(spec))
         return None if found is None or found.wants_copy(n) else found
 
     def compile(self, spec: Spec, *, n: int = 1) -> Compiled:
-        """For n answers at once. As compile_grammar has it."""
+        """The grammar of `spec` with enough copies for n answers. Raises as compile_grammar."""
         compiled = compile_grammar(spec, self.vocabulary, cache=self._cache)
         compiled.add_copies(n)
         return compiled
 
     def prepare(self) -> None:
-        """Build the table of tokens now, where nobody waits for the interpreter's lock."""
+        """Build the engine's token table at startup, when no request waits for the interpreter's
+        lock.
+        """
         if self.vocabulary.eos_token_ids:
             self.vocabulary.table()
 
@@ -271,11 +288,11 @@ class Grammars:
 def compile_grammar(
     spec: Spec, vocabulary: Vocabulary, *, cache: GrammarCache | None = None
 ) -> Compiled:
-    """What a spec allows; called on a worker thread, as it may take seconds.
+    """Compile a spec, or take it from the cache. It may take seconds: call it on a worker thread.
 
-    Raises InvalidRequestError for spec.param where it cannot be enforced, allows nothing or takes
-    too long, UnavailableError while earlier ones that took too long still run, and QueueFullError
-    while those of other requests take all of the memory for them.
+    Raises InvalidRequestError for spec.param if the spec cannot be enforced, allows nothing or
+    takes too long; UnavailableError while earlier compiles that took too long are still running;
+    and QueueFullError while the grammars of other requests take all memory that grammars may have.
     """
     key = spec_key(spec)
     found = cache.get(key) if cache is not None else None
@@ -301,8 +318,8 @@ def compile_grammar(
 
 
 def spec_key(spec: Spec) -> bytes:
-    """Equal for equal specs. Raises InvalidRequestError where one is too large."""
-    # Encoding holds the interpreter's lock, so that what is far too large is seen before.
+    """A hash that is equal for equal specs. Raises InvalidRequestError if the spec is too large."""
+    # Encoding holds the interpreter's lock, so a spec that is far too large is refused before it.
     values = [getattr(spec, name) for name in spec.__struct_fields__]
     num_bytes = _size(values)
     if num_bytes <= MAX_SPEC_BYTES:
@@ -322,7 +339,7 @@ def spec_key(spec: Spec) -> bytes:
 
 
 def _size(values: list[Any]) -> int:
-    """Characters and values in what is decoded JSON, until they are too many."""
+    """Number of characters and values in decoded JSON; counting stops above MAX_SPEC_BYTES."""
     stack, size = values, 0
     while stack and size <= MAX_SPEC_BYTES:
         value = stack.pop()
@@ -349,7 +366,8 @@ def _compile(spec: Spec, vocabulary: Vocabulary) -> Compiled:
             f"{spec.param}{where} cannot be enforced: {shortened(reason)}", spec.param
         )
     token_s = _try_out(matcher, vocabulary, spec.param)
-    # Others allocate meanwhile, too, and not all work makes states: the lower of two upper bounds.
+    # Both numbers are upper bounds, so the lower one counts: other threads allocate meanwhile, and
+    # not all work of compiling makes states.
     most = int(BYTES_PER_S * (time.thread_time() - worked_before_s))
     num_bytes = min(used_bytes() - num_bytes_before, most)
     num_bytes = max(MIN_BYTES + BYTES_PER_CHAR * len(text), num_bytes)
@@ -378,10 +396,11 @@ def _place_of(spec: JsonSchema, reason: str, table: LLTokenizer) -> str:
 
 
 def _try_out(matcher: LLMatcher, vocabulary: Vocabulary, param: str) -> float:
-    """Go a few tokens into the grammar: one that allows nothing, blows up at once, or takes so long
-    for a token that all answers of a step wait for it, is refused here and not in the middle of an
-    answer. Returns the seconds of work for a mask and its token, on average, once their states are
-    there.
+    """Follow the grammar for a few random tokens, and return the average CPU seconds of a mask and
+    its token once their states exist.
+
+    This refuses a grammar that allows nothing, blows up at once, or is so slow that all answers of
+    a step would wait for it, now and not in the middle of an answer. Raises InvalidRequestError.
     """
     rng = random.Random(0)
     first = matcher.deep_copy()
@@ -389,10 +408,10 @@ def _try_out(matcher: LLMatcher, vocabulary: Vocabulary, param: str) -> float:
     for _ in range(TRIAL_TOKENS):
         if first.is_stopped() and not first.is_error():
             break
-        began_s = time.thread_time()  # of work: that the machine is busy is not the grammar's doing
+        began_s = time.thread_time()  # CPU time: a busy machine is not the grammar's fault
         mask = int.from_bytes(first.compute_bitmask(), "little")
         took_s = time.thread_time() - began_s
-        if first.is_error() or not mask:  # the reason, whatever time the engine took to say it
+        if first.is_error() or not mask:  # an error outranks the time that it took
             reason = shortened(first.get_error())
             raise InvalidRequestError(f"{param} allows nothing, or is too complex: {reason}", param)
         _check_work(took_s, MAX_MASK_S, param)
@@ -419,7 +438,7 @@ def _check_work(took_s: float, limit_s: float, param: str) -> None:
 
 
 def _some_bit(mask: int, num_bits: int, rng: random.Random) -> int:
-    """The first bit that is set from a random place on."""
+    """Index of a set bit: the first one at or after a random position, else the first of all."""
     start = rng.randrange(num_bits)
     rest = mask >> start or mask
     return ((rest & -rest).bit_length() - 1) + (start if mask >> start else 0)
@@ -432,7 +451,7 @@ _LIMITS = LLParserLimits(
 
 
 def _source(spec: Spec, vocabulary: Vocabulary) -> str:
-    """The grammar as the engine takes it."""
+    """The grammar in the form that the engine takes. Raises InvalidRequestError."""
     if isinstance(spec, JsonSchema):
         schema = engine_schema(
             spec.schema,

@@ -1,4 +1,7 @@
-"""What a schema of engine_schema's costs to compile, and whether anything finite is valid by it."""
+"""What a rewritten schema costs to compile, and whether any finite value is valid by it.
+
+The schemas are those that engine_schema has made: every reference is a `$ref` to a definition.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from functools import partial
 from math import prod
 from typing import Any
 
-MAX_MEETING = 12  # patterns that one string must match: its compile doubles with each
-MAX_COMBINED = 200_000  # schemas, each counted once for every combination of branches it is in
+MAX_MEETING = 12  # patterns that one string must match; compile time doubles with each
+MAX_COMBINED = 200_000  # schemas, each counted once for every combination of branches it is part of
 
 Schema = dict[str, Any]
 
@@ -17,15 +20,17 @@ Schema = dict[str, Any]
 def check_cost(
     root: Schema, definitions: Mapping[str, Schema | bool], refuse: Callable[[str, str], None]
 ) -> None:
-    """Refuse what the engine would compile for minutes.
+    """Refuse, by calling `refuse` with a pointer and a reason, what the engine would compile for
+    minutes.
 
-    Strings that more than MAX_MEETING patterns may meet on, numbers likewise: counted from above,
-    as where schemas are joined, what is worst in one of them may meet what is worst in the others.
+    Patterns: more than MAX_MEETING of them on one string, or several multipleOf on one number. This
+    is an upper bound: where schemas are joined, the worst value of one is taken to meet the worst
+    of the others.
 
-    Too many combinations of branches: of parts that hold together it joins each branch of one with
-    each of the others, and in every one of these it walks through all that is within.
+    Combinations: where several parts must hold together, the engine joins each branch of one with
+    each branch of the others, and walks through everything within for every combination.
     """
-    meeting: dict[str, tuple[int, int]] = {}  # of definitions
+    meeting: dict[str, tuple[int, int]] = {}  # name of a definition -> its counts
     combinations: dict[str, tuple[int, int]] = {}
     worst = partial(_worst, known=meeting, refuse=refuse)
     combined = partial(_combined, known=combinations, refuse=refuse)
@@ -37,7 +42,10 @@ def check_cost(
 
 
 def can_end(root: Schema, definitions: Mapping[str, Schema | bool]) -> bool:
-    """Whether some value of `root` is finite, by what must be in it; a smallest fixed point."""
+    """Whether some value of `root` is finite, judged by what it requires. Starting from none,
+    definitions are added whose required parts are all finite, until nothing changes (least fixed
+    point).
+    """
     ending: set[str] = set()
     ends = partial(_ends, ending=ending)
     order = _inner_first(definitions)
@@ -54,7 +62,11 @@ def _worst(
     known: Mapping[str, tuple[int, int]],
     refuse: Callable[[str, str], None],
 ) -> tuple[int, int]:
-    """Patterns, and multiples, that a value in a value of `schema` must match."""
+    """The largest number of patterns, and of multipleOf, that a single value within `schema` must
+    match.
+
+    known  the same numbers for the definitions that have been counted.
+    """
     if not isinstance(schema, dict):
         return 0, 0
     worst = partial(_worst, known=known, refuse=refuse)
@@ -63,7 +75,8 @@ def _worst(
     parts += map(worst, schema.get("allOf", ()))
     parts += (_most(list(map(worst, schema[k]))) for k in ("anyOf", "oneOf") if k in schema)
     if "$ref" in schema:
-        parts.append(known.get(_name(schema), (0, 0)))  # unknown: it holds itself
+        # Unknown where definitions refer to each other in a cycle.
+        parts.append(known.get(_name(schema), (0, 0)))
     patterns, multiples = (sum(part[i] for part in parts) for i in (0, 1))
     if patterns > MAX_MEETING:
         refuse("", f"{patterns} patterns may meet on one string, the limit is {MAX_MEETING}")
@@ -78,7 +91,10 @@ def _combined(
     known: Mapping[str, tuple[int, int]],
     refuse: Callable[[str, str], None],
 ) -> tuple[int, int]:
-    """Branches that `schema` has once they are joined, and schemas in all of these together."""
+    """The number of branches of `schema` once they are combined, and of schemas in all of them.
+
+    known  the same numbers for the definitions that have been counted.
+    """
     if not isinstance(schema, dict):
         return 1, 1
     combined = partial(_combined, known=known, refuse=refuse)
@@ -90,7 +106,8 @@ def _combined(
             parts.append((sum(b[0] for b in branches), sum(b[1] for b in branches)))
     if "$ref" in schema:
         num_branches, num_schemas = known.get(_name(schema), (1, 1))
-        parts.append((num_branches, num_schemas if len(schema) > 1 else 1))  # alone it is shared
+        # A plain reference is shared, not walked again.
+        parts.append((num_branches, num_schemas if len(schema) > 1 else 1))
     num_branches = prod(part[0] for part in parts)
     num_schemas = sum(num * (num_branches // max(own, 1)) for own, num in parts)
     if num_schemas > MAX_COMBINED:
@@ -100,7 +117,9 @@ def _combined(
 
 
 def _ends(schema: Schema | bool, *, ending: AbstractSet[str]) -> bool:
-    """Whether a value of `schema` is finite where those of the definitions `ending` are."""
+    """Whether some value of `schema` is finite, given that those of the definitions in `ending`
+    are.
+    """
     if not isinstance(schema, dict):
         return schema
     ends = partial(_ends, ending=ending)
@@ -123,7 +142,7 @@ def _ends(schema: Schema | bool, *, ending: AbstractSet[str]) -> bool:
 
 
 def _inner_first(definitions: Mapping[str, Schema | bool]) -> list[str]:
-    """Names, each behind those it refers to, but where they refer to one another in a circle."""
+    """Names of definitions, each after those that it refers to, except where they form a cycle."""
     order: list[str] = []
     seen: set[str] = set()
     for first in definitions:
@@ -157,7 +176,7 @@ def _references(schema: Schema | bool) -> list[str]:
 
 
 def _name(schema: Schema) -> str:
-    """Of the definition that a schema with $ref leads to."""
+    """The name of the definition that the $ref of a schema leads to."""
     name: str = schema["$ref"].rpartition("/")[2]
     return name
 
@@ -167,7 +186,7 @@ def _most(counts: list[tuple[int, int]]) -> tuple[int, int]:
 
 
 def _within(schema: Schema) -> list[Schema | bool]:
-    """Schemas of what is in a value of `schema`."""
+    """The schemas of the values inside a value of `schema`: its properties and items."""
     inner: list[Schema | bool] = list(schema.get("prefixItems", ()))
     for keyword in ("properties", "patternProperties"):
         inner += schema.get(keyword, {}).values()

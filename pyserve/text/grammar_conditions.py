@@ -1,9 +1,10 @@
-"""Conditions of a JSON Schema, said in keywords that the grammar engine reads: exactly or not.
+"""JSON Schema conditions, rewritten exactly in keywords that the grammar engine reads, or refused.
 
-if        of an object, that some properties have one of a few values, or are there: what is valid
-          by `if` and `then`, or is not by `if` and is by `else`. What is not by `if` has one of the
-          properties with another value, or has it not.
-contains  of an array with an end: the items that are so stand in one of all places.
+if        supported for objects, if it only asks that properties have one of a few values or are
+          present. Either `if` and `then` hold, or the opposite of `if` and `else`: one of these
+          properties has another value, or is missing.
+contains  supported for arrays of limited length: one branch for each set of places where the
+          matching items may be.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pyserve.text.grammar_rewrites import (
 Schema = dict[str, Any]
 Follow = Callable[[object], object]
 
-MAX_PLACES = 64  # in which the items of `contains` may stand
+MAX_PLACES = 64  # sets of places where the items of `contains` may be
 _IF = (
     "if cannot be enforced unless all it asks for is that properties have one of a few values "
     "(const, enum) or are required, in a schema with the type object that says which values (enum, "
@@ -38,11 +39,11 @@ _CONTAINS = (
 
 
 def opposites(condition: object, around: Sequence[Schema], follow: Follow) -> list[Schema]:
-    """What is valid by `around` and not by `condition` is valid by one of these, and nothing else
-    is; as a client would write them.
+    """Schemas, as a client would write them, of which at least one holds exactly where `condition`
+    does not, for values that are valid by `around`.
 
-    around  schemas that all hold for the same value.
-    follow  what a schema that is only a reference leads to; any other as it is.
+    around  schemas that all apply to the same value.
+    follow  returns the schema that a plain reference leads to; any other schema as it is.
 
     Raises RewriteError.
     """
@@ -69,7 +70,7 @@ def opposites(condition: object, around: Sequence[Schema], follow: Follow) -> li
 
 
 def both(one: Schema | bool, other: Schema | bool) -> Schema | bool:
-    """What holds where both hold."""
+    """A schema that holds where both hold."""
     if one is False or other is False:
         return False
     parts = [part for part in (one, other) if part is not True and part != {}]
@@ -79,8 +80,8 @@ def both(one: Schema | bool, other: Schema | bool) -> Schema | bool:
 def containing(
     inner: Schema | bool, schema: Schema, *, least: int, most: int | None
 ) -> list[Schema]:
-    """What holds beside all else of an array in which so many items are valid by `inner`, as the
-    engine reads it. Raises RewriteError.
+    """Schemas, as the engine reads them, that hold where at least `least` and at most `most` items
+    of an array are valid by `inner`. `schema` is the array's schema. Raises RewriteError.
     """
     if inner is True or inner == {}:
         bounds = {"minItems": least} if most is None else {"minItems": least, "maxItems": most}
@@ -105,7 +106,7 @@ def _with_items_at(inner: Schema | bool, places: Sequence[int]) -> Schema:
 
 
 def _declared(name: str, around: Sequence[Schema], follow: Follow) -> list[object]:
-    """What the schemas say of a property."""
+    """What each of the schemas says about a property, for those that say anything."""
     return [
         follow(schema["properties"][name])
         for schema in around
@@ -114,7 +115,9 @@ def _declared(name: str, around: Sequence[Schema], follow: Follow) -> list[objec
 
 
 def _other_values(asked: object, declared: Sequence[object]) -> Schema | bool:
-    """The values of a property, as `declared` each, that are not valid by `asked`."""
+    """A schema of the values, among those that `declared` allows, that are not valid by `asked`;
+    False if there are none. Raises RewriteError.
+    """
     if asked is True or isinstance(asked, dict) and not asked.keys() - NOTES:
         return False
     values = values_of(asked)

@@ -1,4 +1,4 @@
-"""client.Constraint of a grammar: the state of one answer."""
+"""client.Constraint for grammars: which tokens one answer may produce next, thinking included."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class FreeUntil:
-    """The part of an answer that comes before what a grammar says: its thinking, say.
+    """A part of an answer before the grammar starts, in which any token is allowed: its thinking.
 
-    ends       texts, or special tokens, that end it. Where an answer would end within it, and the
-               grammar wants more than nothing, the first of them is written and it goes on.
-    next_ends  end it too, and are the grammar's first text.
-    starts     of an answer that need not have such a part: it has one if it begins with one of
-               these, and else the grammar holds from its first token. (): it has one.
+    ends       texts or special tokens that end this part. If the answer would end within it,
+               although the grammar requires something to follow, the first of them is forced and
+               the answer goes on.
+    next_ends  also end it, but belong to the grammar's text.
+    starts     not empty where this part is optional: the answer has it if it begins with one of
+               these; otherwise the grammar applies from the first token. Empty: the answer is in
+               this part already.
     """
 
     ends: tuple[str, ...]
@@ -31,7 +33,7 @@ class FreeUntil:
 
 
 class GrammarFiller:
-    """client.MaskFiller of constraints whose masks are what their grammars say."""
+    """client.MaskFiller for answers whose next mask comes from their grammar alone."""
 
     def __init__(self) -> None:
         self._batch = MatcherBatch()
@@ -59,13 +61,14 @@ _FILLER = GrammarFiller()
 
 
 class GrammarConstraint:
-    """client.Constraint of a grammar, and of free text in front of what it says.
+    """client.Constraint for a grammar, and for the free text that may come before it (FreeUntil).
 
-    While an answer may begin with free text and has not, it is `undecided`: the first token of
-    each opening is allowed beside what the grammar allows. Such a token leads to `opening`, where
-    only the rest of the openings may follow. An end within free text leads to `closing`, where only
-    the text that ends it may follow: the mask does not forbid that end, as free text has none, and
-    a model that has no more to say would then go on for long.
+    An answer with optional free text starts as `undecided`: the mask allows what the grammar allows
+    and the first token of each opening. A token that begins an opening leads to `opening`, where
+    only the rest of an opening is allowed. In free text, `free`, everything is allowed. That
+    includes stop tokens, as a model that is done and could not stop would ramble on. If one comes
+    before the grammar allows an end, the answer enters `closing`, where only the text that ends
+    free text is allowed.
     """
 
     def __init__(
@@ -76,14 +79,15 @@ class GrammarConstraint:
         self._pieces = vocabulary.pieces
         self._matcher = matcher
         self._error: str | None = None
-        self._free: list[int] = []  # tokens of the free text and its opening
-        self._used: list[int] = []  # of each token: how many the matcher has had of it, -1: free
+        self._free: list[int] = []  # tokens of the opening and the free text
+        self._used: list[int] = []  # per token: how many tokens it gave the matcher; -1: free text
         self._ends = tuple(end.encode() for end in free_until.ends) if free_until else ()
         self._next_ends = tuple(end.encode() for end in free_until.next_ends) if free_until else ()
         self._max_end = max(map(len, (*self._ends, *self._next_ends)), default=0)
         self._starts = vocabulary.encode_all(free_until.starts) if free_until else []
         self._closing_ids = self._ids_of_end(free_until)
-        self._closing_at: int | None = None  # len(_free) behind an end that is void; None: none is
+        # len(_free) just after a stop token that did not end the answer; None if there was none.
+        self._closing_at: int | None = None
         self._first: Literal["undecided", "free", "grammar"] = (
             "undecided" if self._starts else "free" if free_until else "grammar"
         )
@@ -110,7 +114,7 @@ class GrammarConstraint:
         return _FILLER if self._phase == "grammar" and self._error is None else None
 
     def fill_bitmask(self, words: NDArray[np.int32]) -> None:
-        """As client.Constraint has it. Lets go of the interpreter's lock."""
+        """As client.Constraint.fill_bitmask. Releases the interpreter's lock."""
         if self._phase == "free" or self._error is not None:
             words.fill(-1)
             return
@@ -129,7 +133,7 @@ class GrammarConstraint:
                     bits[start[at] >> 5] |= 1 << (start[at] & 31)
 
     def accept(self, token_ids: Sequence[int]) -> None:
-        """As client.Constraint has it."""
+        """As client.Constraint.accept."""
         for token_id in token_ids:
             if not 0 <= token_id < self._vocabulary.vocab_size:
                 self._fail(f"{token_id} is not a token")
@@ -148,7 +152,7 @@ class GrammarConstraint:
                     self._look_for_end()
 
     def rollback(self, num_tokens: int) -> None:
-        """As client.Constraint has it. What went wrong is not forgotten."""
+        """As client.Constraint.rollback. An error stays."""
         num_used = 0
         for _ in range(min(num_tokens, len(self._used))):
             used = self._used.pop()
@@ -156,7 +160,7 @@ class GrammarConstraint:
                 num_used += used
                 continue
             self._free.pop()
-            if self._phase == "grammar":  # what this token began has come to nothing
+            if self._phase == "grammar":  # the token that ended the free text is taken back
                 num_used = 0
                 self._matcher.reset()
             if self._closing_at is not None and self._closing_at > len(self._free):
@@ -173,7 +177,7 @@ class GrammarConstraint:
             self._check("tokens cannot be taken back", self._matcher.rollback(num_used))
 
     def _decide(self, token_id: int) -> None:
-        """The first token: of the grammar if that allows it, else of an opening."""
+        """Read the first token: it belongs to the grammar if that allows it, else to an opening."""
         if self._matcher.allows(token_id):
             self._phase = "grammar"
             self._used.append(self._consume([token_id]))
@@ -183,7 +187,9 @@ class GrammarConstraint:
         self._look_for_start()
 
     def _look_for_start(self) -> None:
-        """Are the tokens so far a whole opening, a part of one, or neither?"""
+        """Choose the phase: the tokens so far are a whole opening, the beginning of one, or an
+        error.
+        """
         parts = [start[: len(self._free)] for start in self._starts]
         if any(self._free[: len(start)] == start for start in self._starts):
             self._phase = "free"
@@ -194,11 +200,11 @@ class GrammarConstraint:
 
     @property
     def _num_closing_ids(self) -> int:
-        """Of the text that ends free text by force: how many have come."""
+        """How many tokens of the forced closing text have come."""
         return len(self._free) - (self._closing_at or 0)
 
     def _ids_of_end(self, free_until: FreeUntil | None) -> list[int]:
-        """What ends free text by force; []: nothing does."""
+        """Token ids of the text that can be forced to end free text; [] if there is none."""
         if free_until is None or not free_until.ends:
             return []
         token_ids = self._vocabulary.tokenizer.encode_inner(free_until.ends[0])
@@ -207,6 +213,9 @@ class GrammarConstraint:
         return token_ids if is_known and text.endswith(free_until.ends[0].encode()) else []
 
     def _look_for_void_end(self, token_id: int) -> None:
+        """Enter `closing` if a stop token came within free text and the grammar allows
+        no end yet.
+        """
         is_end = token_id in self._vocabulary.eos_token_ids
         if not is_end or self._phase != "free" or not self._closing_ids:
             return
@@ -214,7 +223,9 @@ class GrammarConstraint:
             self._phase, self._closing_at = "closing", len(self._free)
 
     def _look_for_end(self) -> None:
-        """After a token of free text: has that ended, and what of the token is beyond the end?"""
+        """After a token of free text: if an end is complete, switch to the grammar and give it
+        whatever the token holds beyond that end.
+        """
         recent = self._free[-self._max_end :]
         pieces = [self._pieces[token_id] for token_id in recent]
         tail = b"".join(pieces)
@@ -225,13 +236,14 @@ class GrammarConstraint:
             self._phase = "grammar"
             if end in self._ends:
                 at += len(end)
-                at += len(tail) - at - len(tail[at:].lstrip())  # no grammar expects white space
+                # White space before the answer is skipped: no grammar expects it.
+                at += len(tail) - at - len(tail[at:].lstrip())
             if tail[at:]:
                 self._consume(self._tokens_from(at, tail, recent))
             return
 
     def _tokens_from(self, at: int, tail: bytes, recent: list[int]) -> list[int]:
-        """The tokens from a byte on: those that have come, where one begins there."""
+        """The tokens of `tail` from byte `at` on: the tokens that came, if one starts there."""
         start = 0
         for index, token_id in enumerate(recent):
             if start == at:
@@ -240,10 +252,11 @@ class GrammarConstraint:
         return self._table.tokenize_bytes(tail[at:])
 
     def _consume(self, token_ids: list[int]) -> int:
-        """How many of them the matcher has taken."""
+        """Give tokens to the matcher. Returns how many of them it has taken."""
         if self._error is not None:
             return 0
-        if self._matcher.is_stopped:  # the end has come; whatever follows it is dropped
+        # The grammar has ended: only a stop token may come, and it is dropped.
+        if self._matcher.is_stopped:
             if not set(self._vocabulary.eos_token_ids).issuperset(token_ids):
                 self._fail("a token has come behind the end of the grammar")
             return 0

@@ -1,10 +1,10 @@
-"""Values and names of a schema, as errors show them."""
+"""Values and property names of a schema, shortened for error messages."""
 
 from __future__ import annotations
 
 from pyserve.text.grammar_references import escaped
 
-MAX_SHOWN = 60  # characters
+MAX_SHOWN = 60  # length of a value or name
 
 
 def shown(value: object) -> str:

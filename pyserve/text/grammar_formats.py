@@ -1,4 +1,4 @@
-"""The formats of strings that are enforced. None: the grammar engine's own expression is right."""
+"""The string formats of JSON Schema that are enforced, each by a pattern."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _DAY = (
     "(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
     "|02-(?:0[1-9]|1[0-9]|2[0-8]))"
 )
-# The engine's lets 29 February be in every year.
+# The engine's own pattern allows 29 February in every year.
 _DATE = f"(?:{_YEAR}-{_DAY}|{_LEAP_YEAR}-02-29)"
-# The engine's lets every minute have a leap second, and a fraction never end.
+# The engine's own pattern allows a leap second in every minute, and fractions of any length.
 _TIME = (
     "(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\\.[0-9]{1,9})?"
     "(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
@@ -26,10 +26,11 @@ _HEX = "[0-9a-fA-F]"
 
 
 def _uuid(third: str, fourth: str = "[89abAB]") -> str:
-    """Of the given first digits of the third and fourth group."""
+    """A pattern for UUIDs; third, fourth: patterns for the first digit of these groups."""
     return f"^{_HEX}{{8}}-{_HEX}{{4}}-{third}{_HEX}{{3}}-{fourth}{_HEX}{{3}}-{_HEX}{{12}}$"
 
 
+# Name of a format -> its pattern; None where the grammar engine's own pattern is right.
 FORMATS: Mapping[str, str | None] = {
     "date": f"^{_DATE}$",
     "time": f"^{_TIME}$",
@@ -44,29 +45,31 @@ FORMATS: Mapping[str, str | None] = {
     "json-pointer": f"^{_POINTER}$",
     "relative-json-pointer": f"^(?:0|[1-9][0-9]*)(?:[+-][1-9][0-9]*)?(?:#|{_POINTER})$",
     "base64": _BASE64,
-    "byte": _BASE64,  # OpenAPI's word
-    **{f"uuid{version}": _uuid(str(version)) for version in (1, 3, 4, 5, 6, 7, 8)},  # pydantic's
+    "byte": _BASE64,  # OpenAPI's name for base64
+    # Names that pydantic uses.
+    **{f"uuid{version}": _uuid(str(version)) for version in (1, 3, 4, 5, 6, 7, 8)},
 }
 
-# Of OpenAPI and pydantic: every string is one.
+# Formats of OpenAPI and pydantic that every string has.
 ANY_STRING = frozenset(("password", "binary", "path", "file-path", "directory-path"))
-# Of JSON Schema, and not enforced.
+# Formats of JSON Schema that are not enforced, and therefore refused.
 STANDARD = frozenset(
     "idn-email idn-hostname uri-reference iri iri-reference uri-template regex".split()
 )
 
 
 def format_pattern(name: object) -> str | None:
-    """A pattern for a format of strings; None: there is none."""
+    """A pattern for a string format; None if FORMATS has none."""
     if not isinstance(name, str):
         return None
     return _uuid(_HEX, _HEX) if name == "uuid" else FORMATS.get(name)
 
 
 def format_schema(name: object, schema: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What enforces a format of strings in a schema; None: it cannot be enforced.
+    """The schema that enforces a string format; {} where it is a note only; None if it is refused.
 
-    Names that no standard has are notes beside a pattern: Zod says by them how it came to that.
+    schema  the schema that has the format. Beside a pattern, a name that no standard knows is a
+            note: Zod writes there where the pattern comes from.
     """
     if not isinstance(name, str):
         return None

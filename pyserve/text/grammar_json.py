@@ -1,4 +1,4 @@
-"""How JSON may be laid out in an answer: white space, bounded so that no model can loop in it."""
+"""The white space of JSON in an answer, limited so that a model cannot generate it endlessly."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 
 from pyserve.errors import InvalidRequestError
 
-# At most one of these at each place: a space, or a line break with its indentation.
+# One of these at most between two JSON tokens: a space, or a line break with its indentation.
 WHITESPACE = r" |\n {0,32}|\n\t{0,16}"
-MAX_RUN = 32  # characters that an unbounded * or + of a client's pattern stands for
+MAX_RUN = 32  # limit that replaces an unbounded * or + in a client's pattern
 MAX_WHITESPACE_CHARS = 200
 
 _BLANK = r"[ \n\r\t]|\\[nrts]"
@@ -19,9 +19,10 @@ _BLANKS_ONLY = re.compile(
 
 
 def whitespace_of(pattern: str, *, param: str) -> str:
-    """A client's pattern of white space, with an end. Raises InvalidRequestError for `param`.
+    """A client's pattern of white space, limited in length. Raises InvalidRequestError for `param`.
 
-    What it lets be longer than MAX_RUN is cut there: what is written still matches the pattern.
+    Each unbounded repeat is limited to MAX_RUN, so whatever is written still matches the client's
+    pattern.
     """
     if len(pattern) > MAX_WHITESPACE_CHARS or not _BLANKS_ONLY.fullmatch(pattern):
         raise InvalidRequestError(
@@ -40,7 +41,10 @@ def whitespace_of(pattern: str, *, param: str) -> str:
 
 
 def schema_text(schema: object, whitespace: str = WHITESPACE) -> str:
-    """A schema of engine_schema's for the engine; white space as `whitespace` has it, "": none."""
+    """The engine's JSON text for a schema that engine_schema has made.
+
+    whitespace  a pattern for the white space between JSON tokens; "" allows none.
+    """
     options: dict[str, object] = {"whitespace_flexible": False}
     if whitespace:
         options["whitespace_pattern"] = whitespace

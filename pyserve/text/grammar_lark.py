@@ -1,7 +1,7 @@
-"""Grammars of requests -> Lark, in the variant of the grammar engine, within bounds.
+"""Grammars that clients send -> Lark, in the grammar engine's dialect, within limits.
 
-Lark (a rule `start: ...`) is taken as it is. GBNF, the EBNF of llama.cpp that clients of vLLM send
-(a rule `root ::= ...`), is converted.
+Lark (with a rule `start: ...`) is passed on as it is, except for JSON schemas within it. GBNF, the
+EBNF of llama.cpp that clients of vLLM send (with a rule `root ::= ...`), is converted.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from pyserve.text.grammar_pattern import PatternError, PatternSizeError, engine_
 from pyserve.text.grammar_schema import engine_schema
 
 MAX_GRAMMAR_CHARS = 2**16
-MAX_NESTING = 100  # of parentheses and brackets
-MAX_OPERATORS = 12  # & and ~ of regular expressions, whose compile doubles with each
+MAX_NESTING = 100  # nesting of parentheses and brackets
+# Number of & and ~, each of which doubles the compile time of regular expressions.
+MAX_OPERATORS = 12
 MAX_REPEATS = 1000
 
 _IS_LARK = re.compile(r"^\s*(?:%llguidance\b|[?!]?start\b[^:\n]*:(?!:=))", re.MULTILINE)
@@ -44,7 +45,7 @@ _TOKEN = re.compile(
 def to_lark(grammar: str, *, has_token: Callable[[int], bool], param: str) -> str:
     """The grammar in Lark. Raises InvalidRequestError for `param`.
 
-    has_token  whether the model has a token of an id, which a grammar may name as <[id]>.
+    has_token  whether the model has a token with this id; a grammar may name tokens as <[id]>.
     """
     if len(grammar) > MAX_GRAMMAR_CHARS:
         raise InvalidRequestError(
@@ -64,9 +65,9 @@ def to_lark(grammar: str, *, has_token: Callable[[int], bool], param: str) -> st
 
 def _from_gbnf(grammar: str, param: str) -> str:
     try:
-        # The converter drops leading zeros of these.
+        # The escapes are replaced first because the converter drops their leading zeros.
         return gbnf_to_lark.gbnf_to_lark(_UNICODE.sub(_character, grammar))
-    except Exception as error:  # it raises what it likes
+    except Exception as error:  # the converter raises exceptions of many types
         raise InvalidRequestError(f"{param} is not GBNF: {str(error)[:200]}", param) from None
 
 
@@ -77,14 +78,16 @@ def _character(match: re.Match[str]) -> str:
 
 def _check_nesting(grammar: str, param: str) -> None:
     depth = 0
-    for bracket in re.findall(r"[()]", grammar):  # those in strings too: they are few
+    for bracket in re.findall(r"[()]", grammar):  # brackets in strings count too, but are few
         depth += 1 if bracket == "(" else -1
         if depth > MAX_NESTING:
             raise InvalidRequestError(f"{param} is nested deeper than {MAX_NESTING}", param)
 
 
 def _checked(grammar: str, has_token: Callable[[int], bool], param: str) -> str:
-    """The grammar with its inner schemas as the engine takes them."""
+    """The grammar, with each JSON schema in it replaced by what engine_schema makes of it. Raises
+    InvalidRequestError.
+    """
     pieces, start, depth, num_operators = [], 0, 0, 0
     at = 0
     while match := _TOKEN.search(grammar, at):
@@ -118,7 +121,7 @@ def _checked(grammar: str, has_token: Callable[[int], bool], param: str) -> str:
 
 
 def _check_regex(pattern: str, param: str) -> None:
-    """Only of its size: a grammar's expressions are the engine's own."""
+    """Check the size alone: the regular expressions of a grammar are in the engine's own syntax."""
     try:
         engine_pattern(pattern)
     except PatternSizeError as error:
@@ -137,7 +140,7 @@ def _check_ids(listed: str, has_token: Callable[[int], bool], param: str) -> Non
 
 
 def _inner_json(grammar: str, at: int, param: str) -> tuple[str, int]:
-    """The schema that follows %json, and where it ends."""
+    """The schema behind a %json directive as text, and the position where it ends."""
     at += len(grammar[at:]) - len(grammar[at:].lstrip())
     try:
         schema, end = json.JSONDecoder().raw_decode(grammar, at)

@@ -1,16 +1,17 @@
-"""Where one answer is in a grammar.
+"""The state of one answer in a grammar, and the memory and time that grammars take.
 
-All answers to a grammar share the states of its lexer, which makes the first of them pay and the
-others not. The states of some grammars have no end that is in reach, and the engine bounds their
-number: then all that share them stand still. So an answer that stands still goes on, once, with
-states of its own, and only what is too complex by itself ends.
+All answers to a grammar share the states of its lexer: the first answer pays for a state, later
+ones find it made. Some grammars have practically endless states, so the engine limits their number;
+once the limit is reached, no answer that shares them can go on. Such an answer then continues,
+once, with states of its own. It fails only if its grammar is too complex for a single answer.
 
-What grammars take together, with their states, is bounded here (MAX_ALL_BYTES). The engine does not
-tell bytes, but what the states have cost it to make, in units of its own: it stands in its errors.
+MAX_ALL_BYTES limits the memory of all grammars together, with their states. The engine does not
+report bytes. It reports what the states have cost to make, in units of its own, and only in its
+error messages, so that is where the cost is read from.
 
-It holds a lock over the states while it fills a mask with them: masks of one grammar are filled one
-after the other, on however many threads. So a grammar whose masks take long is there several times
-(grammar.Compiled), and answers that share nothing are filled side by side.
+The engine holds a lock over the states while it fills a mask with them, so the masks of one grammar
+are filled one after the other, on however many threads. A grammar whose masks take long therefore
+has several copies (grammar.Compiled), whose answers share nothing and are filled in parallel.
 """
 
 from __future__ import annotations
@@ -31,18 +32,20 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-MAX_MASK_S = 0.1  # of work: tens of times what those of large schemas take at first
-MAX_TOKEN_S = 0.005  # of a mask and of the token behind it, whose states are there
-MAX_CONSUME_S = 0.02  # of one token, for which the event loop waits
-MAX_CALL_S = 0.01  # of a call that fills masks of several answers, at the pace of the last ones
-QUICK_S = 0.004  # as AsyncEngine waits
-MIN_CALL_ROWS = 8  # fewer take longer to hand over than to fill
+# CPU time of one mask: tens of times what the first masks of large schemas take.
+MAX_MASK_S = 0.1
+MAX_TOKEN_S = 0.005  # CPU time of a mask and its token, once their states exist
+MAX_CONSUME_S = 0.02  # CPU time to accept one token, for which the event loop waits
+MAX_CALL_S = 0.01  # expected time of a call that fills the masks of several answers
+QUICK_S = 0.004  # the event loop waits so long for masks: MAX_MASKS_S of AsyncEngine
+MIN_CALL_ROWS = 8  # handing over fewer masks takes longer than filling them
 LONG_CALL_S = 0.025
-WATCHED_EVERY = 8  # calls that took too long, of which the batch behind one is watched
-MAX_ALL_BYTES = 2**28  # of the grammars that are in use or kept
-BYTES_PER_COST = 32  # of states: 3 to 30 for those that take much, up to 60 of few
-MASKS_OF_MEAN = 64  # the last ones, whose time counts; in place of that of the trial
-MAX_UNMEASURED_S = 0.005  # of work, which makes 3 MB of states at most
+WATCHED_EVERY = 8  # about one in so many long calls has the next batch filled mask by mask
+MAX_ALL_BYTES = 2**28  # estimated memory of all grammars in use or in the cache
+# Bytes of states per unit of cost; measured: 3 to 30 with many states, up to 60 with few.
+BYTES_PER_COST = 32
+MASKS_OF_MEAN = 64  # a running mean over about so many; the first one replaces the trial's estimate
+MAX_UNMEASURED_S = 0.005  # CPU time, in which at most 3 MB of states are made
 NO_TOKEN = 2**31  # an id that no model has
 MAX_ERROR_CHARS = 300
 TOO_SLOW = (
@@ -54,7 +57,8 @@ FULL = (
     f"{MAX_ALL_BYTES // 2**20} MB holds, and this one adds to them"
 )
 
-_OF_SHARED = ("lexer error", "panic", "Poison")  # what may be wrong with the states that are shared
+# Words in errors that the shared states may have caused.
+_OF_SHARED = ("lexer error", "panic", "Poison")
 
 
 _all: WeakSet[Shared] = WeakSet()
@@ -62,17 +66,17 @@ _lock = threading.Lock()
 
 
 class Shared:
-    """What the answers to a grammar begin with, all of them or those to one of its copies.
+    """What all answers to a grammar, or to one of its copies, share: its matcher and the states.
 
-    matcher        at the beginning of the grammar; None once it is of no use: its states may take
-                   hundreds of megabytes, and the next answer would fail with them too.
-    num_bytes      that it took when it was compiled, and then what it takes with the states that
-                   answers have added, estimated when that was measured.
-    unmeasured_s   work since.
-    is_too_slow    a mask has taken too long. No further one is asked for, whichever answer it would
-                   be of, as all sequences of a step wait for it; the same for all copies.
-    answers        that go on with these states.
-    mask_s         seconds of work that one of the last masks has taken on average, above 0.
+    matcher       at the beginning of the grammar. None once it is dropped: its states may take
+                  hundreds of megabytes, and the next answer would fail with them as well.
+    num_bytes     estimated memory: that of the compiled grammar plus that of the states which
+                  answers had added by the last measurement.
+    unmeasured_s  CPU time of answers since that measurement.
+    is_too_slow   a mask has taken too long, in this or any other copy. No answer gets another mask,
+                  because all sequences of a step wait for each mask.
+    answers       the answers that use these states.
+    mask_s        mean CPU seconds of the last masks, above 0.
     """
 
     def __init__(
@@ -82,11 +86,11 @@ class Shared:
         self.num_bytes = num_bytes
         self.unmeasured_s = 0.0
         self.answers: WeakSet[Matcher] = WeakSet()
-        self._copy_of = copy_of  # None: of nothing; itself, it would live until it is collected
+        self._copy_of = copy_of  # None for the first copy: a reference to itself would be a cycle
         self._is_too_slow = False
         self.mask_s, self._num_masks = max(mask_s, 1e-6), 0
         self._cost = state_cost(matcher)
-        self._measuring_s = 0.0  # that it took the last time
+        self._measuring_s = 0.0  # duration of the last measurement
         with _lock:
             _all.add(self)
 
@@ -95,18 +99,20 @@ class Shared:
         return (self._copy_of or self)._is_too_slow
 
     def note_mask(self, worked_s: float) -> None:
-        """A mask has taken so long."""
+        """Count one mask that has taken `worked_s` seconds of CPU time."""
         self.unmeasured_s += worked_s
         self._num_masks = min(self._num_masks + 1, MASKS_OF_MEAN)
         self.mask_s += (worked_s - self.mask_s) / self._num_masks
 
     @property
     def is_measure_due(self) -> bool:
-        """To measure takes a tenth of the work at most."""
+        """Whether to measure now. Measurements take at most a tenth of the time that masks take."""
         return self.unmeasured_s > max(MAX_UNMEASURED_S, 10 * self._measuring_s)
 
     def measure(self) -> None:
-        """Takes a fraction of a millisecond where answers have gone on since the last time."""
+        """Update num_bytes. Takes a fraction of a millisecond if answers have used the states since
+        the last measurement, and no time otherwise.
+        """
         matcher = self.matcher
         if matcher is None or not self.unmeasured_s:
             return
@@ -122,13 +128,13 @@ class Shared:
 
 
 def is_memory_full() -> bool:
-    """Whether all grammars that are in use or kept take more together than they may."""
+    """Whether all grammars in use or in the cache together take more than MAX_ALL_BYTES."""
     with _lock:
         return sum([one.num_bytes for one in _all]) > MAX_ALL_BYTES
 
 
 def measure_all() -> None:
-    """Shared.measure of each that there is."""
+    """Call `measure` on every Shared."""
     with _lock:
         each = list(_all)
     for one in each:
@@ -136,8 +142,9 @@ def measure_all() -> None:
 
 
 def state_cost(matcher: LLMatcher) -> int:
-    """What the states that `matcher` shares have cost to make, in the engine's units: a hundred or
-    so for each. An error tells it, which a copy of the matcher is given. 0 where it does not.
+    """What it has cost to make the states that `matcher` shares, in the engine's units: about 100
+    for each state. The engine reports it only in error messages, so a copy of the matcher is given
+    an invalid token. Returns 0 if the message does not hold the cost.
     """
     copy = matcher.deep_copy()
     copy.compute_bitmask()
@@ -150,33 +157,37 @@ _COST = re.compile(r'"lexer_cost": (\d+)')
 
 
 class Matcher:
-    """Never used by two threads at once; `error` is told by the calls that find it.
+    """Where one answer is in a grammar. Never used by two threads at once.
 
-    renew  makes a matcher at the beginning of the same grammar that shares nothing; None where
-           that takes too long. Raises RequestError.
+    The methods that return a string return why the answer cannot go on, or "" if it can.
+
+    renew  makes a Shared at the beginning of the same grammar that no other answer uses; None if
+           that would take too long. Raises RequestError.
     """
 
     def __init__(self, renew: Callable[[], Shared | None], shared: Shared) -> None:
         assert shared.matcher is not None
         self._inner: LLMatcher = shared.matcher.deep_copy()
-        self._shared = shared  # with the answers to the same grammar
-        self._own: Shared | None = None  # with none
+        self._shared = shared  # used by other answers to the same grammar as well
+        # Used by this answer alone; replaces _shared once that is broken.
+        self._own: Shared | None = None
         self._renew: Callable[[], Shared | None] | None = renew
         self._given: list[int] = []
         self._worked_s = 0.0
-        self._is_broken = False  # what it shared is; it goes on alone when a mask is asked for
+        # The shared states are broken, so the next mask needs states of its own.
+        self._is_broken = False
         shared.answers.add(self)
 
     @property
     def is_stopped(self) -> bool:
-        """Nothing but the end may follow."""
+        """Whether only the end of the answer may follow."""
         return not self._is_broken and self._inner.is_stopped() and not self._inner.is_error()
 
     def fill_bitmask(self, words: NDArray[np.int32]) -> str:
-        """As client.Constraint has it; why it cannot, "" where it can."""
+        """Fill `words` as client.Constraint does. Returns why that is impossible, "" if done."""
         if self._shared.is_too_slow:
             return TOO_SLOW
-        began_s = time.thread_time()  # of work: that the machine is busy is not the grammar's doing
+        began_s = time.thread_time()  # CPU time: a busy machine is not the grammar's fault
         if not self._is_broken:
             self._inner.unsafe_compute_mask_ptr(_address(words), words.nbytes)
         error = self._recover(words, time.thread_time() - began_s)
@@ -186,38 +197,44 @@ class Matcher:
 
     @property
     def states(self) -> Shared:
-        """Masks by the same ones are filled one after the other."""
+        """The states that the next mask uses. Masks of the same states are filled one by one."""
         return self._own or self._shared
 
     @property
     def inner(self) -> LLMatcher:
-        """Fills its next mask, unless it is_alone."""
+        """The engine's matcher, which fills the next mask unless `is_alone`."""
         return self._inner
 
     @property
     def is_alone(self) -> bool:
-        """Its next mask is filled by fill_bitmask."""
+        """Whether the next mask must be filled by `fill_bitmask`, and not in a call with others."""
         return self._is_broken or self._own is not None or self._shared.is_too_slow
 
     def note_filled(self, words: NDArray[np.int32], worked_s: float) -> str:
-        """`inner` has filled `words`, in about so long. As fill_bitmask."""
+        """Note that `inner` has filled `words` in about `worked_s` seconds. Returns as
+        `fill_bitmask`.
+        """
         self._shared.note_mask(worked_s)
-        self._worked_s += min(worked_s, MAX_TOKEN_S)  # more may be another's doing
+        # The time was divided among several answers, so what is above the limit may be due to
+        # another.
+        self._worked_s += min(worked_s, MAX_TOKEN_S)
         if self._inner.is_error() and (error := self._recover(words, worked_s)):
             return error
         return self._measure()
 
     def _note(self, worked_s: float, max_s: float) -> str:
-        """A call has worked so long, and may for max_s: what is wrong with that, "" if nothing."""
+        """Count the CPU time of a call. Returns TOO_SLOW if it exceeds `max_s`, or if all calls of
+        the answer together have taken too long, else "".
+        """
         self._worked_s += worked_s
-        # All sequences of a step wait for each mask, and the event loop for each token.
+        # All sequences of a step wait for each mask, and the event loop waits for each token.
         if worked_s > max_s or self._worked_s > MAX_MASK_S + MAX_TOKEN_S * len(self._given):
             self._shared.drop(is_too_slow=True)
             return TOO_SLOW
         return ""
 
     def _measure(self) -> str:
-        """From time to time: what the states take; why no more of them may be made, "" if so."""
+        """Measure the states if that is due. Returns FULL if no more may be made, else ""."""
         if self.states.is_measure_due:
             self.states.measure()
             if is_memory_full():
@@ -226,12 +243,12 @@ class Matcher:
         return ""
 
     def _recover(self, words: NDArray[np.int32], worked_s: float) -> str:
-        """Where `words` could not be filled, for which it has worked so long: fill them alone. As
-        fill_bitmask.
+        """If the shared states have failed to fill `words`, which took `worked_s` seconds, continue
+        with states of this answer's own and fill `words` with them. Returns as fill_bitmask.
         """
         if not (self._is_broken or self._inner.is_error()):
             return ""
-        # What has taken long to fail would take as long again.
+        # If it took long to fail, it would take as long again.
         if not (worked_s < MAX_MASK_S / 10 and self._go_on_alone()):
             self._shared.drop()
             return shortened(self._inner.get_error())
@@ -242,7 +259,7 @@ class Matcher:
         return self._is_broken or bool(self._inner.validate_tokens([token_id]))
 
     def consume(self, token_ids: list[int]) -> str:
-        """Go on by these tokens; why it cannot, "" where it can."""
+        """Advance by these tokens. Returns why that is impossible, "" if it is done."""
         self._given += token_ids
         if self._is_broken:
             return ""
@@ -260,7 +277,7 @@ class Matcher:
         return shortened(error)
 
     def rollback(self, num_tokens: int) -> str:
-        """Go back by so many tokens; why it cannot, "" where it can."""
+        """Go back by `num_tokens` tokens. Returns why that is impossible, "" if it is done."""
         del self._given[len(self._given) - num_tokens :]
         if self._is_broken or self._inner.rollback(num_tokens):
             return ""
@@ -288,32 +305,36 @@ class Matcher:
 
 
 class MatcherBatch:
-    """Fills masks of many answers.
+    """Fills the masks of many answers.
 
-    A call for one mask takes the interpreter's lock again at its end. Where other threads want it,
-    the event loop or those that fill masks too, many masks are filled in one call, which costs as
-    much as some quick ones. It tells how long they have taken together; where that is long, each
-    mask of the next batch is a call, so that a grammar that takes too long is found.
+    At the end of a call into the engine, the thread must take the interpreter's lock again. If
+    other threads compete for it (the event loop, or other threads that fill masks), many masks are
+    filled in one call, whose overhead is that of several quick masks. Such a call only tells the
+    time of all its masks together. After a long one, the next batch is filled with one call per
+    mask, so that the grammar which is too slow is found.
     """
 
     def __init__(self) -> None:
-        self._of_thread = threading.local()  # its executor: that works on a thread of its own
+        # Each calling thread's executor, which works on a thread of its own.
+        self._of_thread = threading.local()
         self._num_long = 0
 
     def fill(
         self, matchers: Sequence[Matcher], rows: Sequence[int], bitmask: NDArray[np.int32], *,
         is_alone: bool,
     ) -> list[str]:  # fmt: skip
-        """Row rows[i] of `bitmask` for matchers[i]; what Matcher.fill_bitmask says of each.
+        """Fill row rows[i] of `bitmask` for matchers[i]. Returns for each what Matcher.fill_bitmask
+        does.
 
-        is_alone  no other thread fills masks, and the event loop waits for these for QUICK_S.
+        is_alone  no other thread fills masks now, and the event loop waits QUICK_S for these: until
+                  then, one call per mask costs least.
         """
         errors = [""] * len(matchers)
         single_until_s = time.perf_counter() + QUICK_S if is_alone else 0.0
         is_watched = self._num_long % WATCHED_EVERY == 1
         self._num_long += is_watched
         call = partial(self._fill_part, single_until_s, matchers, rows, bitmask, errors)
-        part: list[int] = []  # of a call: as many as end in time, at the pace of the last ones
+        part: list[int] = []  # indices for the next call, as many as should end within MAX_CALL_S
         part_s = 0.0
         for i, matcher in enumerate(matchers):
             if is_watched or matcher.is_alone:
@@ -332,7 +353,9 @@ class MatcherBatch:
         self, single_until_s: float, matchers: Sequence[Matcher], rows: Sequence[int],
         bitmask: NDArray[np.int32], errors: list[str], part: Sequence[int],
     ) -> None:  # fmt: skip
-        """For matchers[i] of each i in `part`: a call for each until then, one for the others."""
+        """Fill the masks of matchers[i] for each i in `part`: with one call each until
+        `single_until_s`, and the remaining ones with a single call.
+        """
         engines = [(matchers[i].inner, rows[i]) for i in part]
         address, num_bytes = _address(bitmask), bitmask[0].nbytes
         num_single, began_s = 0, time.thread_time()
@@ -365,7 +388,8 @@ def _address(words: NDArray[np.int32]) -> int:
     return address
 
 
-# How what the engine says begins, where it speaks of its own settings -> the same for a client.
+# The beginning of an error that speaks of the engine's own settings -> what a client is told
+# instead.
 _SAID = {
     "oneOf constraints are not supported": "its branches may hold together, as far as can be told: "
     "use anyOf, or give the branches a property that is required and has another const in each"
@@ -373,7 +397,7 @@ _SAID = {
 
 
 def shortened(error: str) -> str:
-    """What the engine says in a line, without its own notes and a trace through itself."""
+    """An error message of the engine in one line, without its notes and backtrace."""
     for begin, said in _SAID.items():
         if error.startswith(begin):
             return said

@@ -1,4 +1,4 @@
-"""Keywords of a JSON Schema whose value is a number, as the grammar engine takes them."""
+"""JSON Schema keywords whose value is a number, checked and rewritten for the grammar engine."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pyserve.text.grammar_errors import shown
 
 MAX_LENGTH = 100_000  # minLength, maxLength
 MAX_ITEMS = 10_000  # minItems, maxItems, minProperties, maxProperties
-MAX_MULTIPLE = 10_000  # the engine's automaton has so many states
-MAX_EXACT = 2**53  # integers up to here are exact as floats, which the engine computes with
-MIN_BOUND = 1e-9  # of numbers, but for 0
-MAX_INTEGER = 9 * 10**18  # a bound in place of the extremes of int64, which the engine overflows at
+MAX_MULTIPLE = 10_000  # a multiple's digits as a number: the engine's automaton has so many states
+MAX_EXACT = 2**53  # the engine computes with floats, which hold integers exactly up to here
+MIN_BOUND = 1e-9  # smallest absolute value of a bound other than 0
+MAX_INTEGER = 9 * 10**18  # replaces the extremes of int64 as a bound: the engine overflows at those
 
 CONTAINS_COUNTS = frozenset(("minContains", "maxContains"))
 
@@ -46,7 +46,9 @@ def _multiple(schema: Schema, keyword: str) -> Schema:
 
 
 def _bound(schema: Schema, keyword: str) -> Schema:
-    """Draft 4 has exclusiveMinimum: true beside minimum."""
+    """minimum, maximum and their exclusive forms. In draft 4 exclusiveMinimum is a boolean that
+    makes the `minimum` beside it exclusive.
+    """
     value = schema[keyword]
     is_exclusive = keyword.startswith("exclusive")
     plain = keyword.removeprefix("exclusive").lower() if is_exclusive else keyword
@@ -64,8 +66,9 @@ def _bound(schema: Schema, keyword: str) -> Schema:
     if value and abs(value) < MIN_BOUND:
         raise NumberError(f"must be 0 or at least {MIN_BOUND} from it, got {shown(value)}")
     if keyword == strict and schema.get("type") != "integer":
-        # The engine lets some of these pass: 0 above 0 and below 1, 1 above 1 and below 1.5.
-        step = max(MIN_BOUND, abs(value) * 1e-14)  # tens of what a float tells apart
+        # The engine accepts some values at an exclusive bound, such as 0 above 0 and below 1, or 1
+        # above 1 and below 1.5. So the bound is moved and becomes an inclusive one.
+        step = max(MIN_BOUND, abs(value) * 1e-14)  # tens of times the spacing of floats
         return {"allOf": [{plain: value + step if plain == "minimum" else value - step}]}
     return {keyword: value}
 
@@ -85,7 +88,7 @@ def _number(value: object) -> float:
     return value
 
 
-# Each reads one keyword of a schema and returns what takes its place. Raises NumberError.
+# keyword -> function that returns what replaces it in a schema, and raises NumberError.
 NUMERIC: dict[str, Callable[[Schema, str], Schema]] = {
     "multipleOf": _multiple,
     **dict.fromkeys(("minLength", "maxLength"), _length),

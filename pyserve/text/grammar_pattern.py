@@ -1,8 +1,9 @@
-"""Regular expressions of requests -> those of the grammar engine, which are Rust's.
+"""Regular expressions of requests -> those of the grammar engine, in the syntax of Rust's regex
+crate.
 
-Schemas and clients write ECMAScript's or Python's. What these read in another way is rewritten or
-refused: a bracket inside a class, classes of Unicode, lookarounds. What would blow up is refused
-by the size that a pattern has once its repeats are written out.
+Schemas and clients write patterns in the syntax of ECMAScript or Python. What Rust reads
+differently is rewritten or refused: brackets inside a class, Unicode classes, lookarounds. A
+pattern that would blow up is refused by its size with all repeats written out.
 """
 
 from __future__ import annotations
@@ -13,18 +14,19 @@ from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 
 MAX_PATTERN_CHARS = 20_000
-MAX_PATTERN_SIZE = 20_000  # characters and classes, repeats written out
+MAX_PATTERN_SIZE = 20_000  # characters and classes, with repeats written out
 MAX_GROUPS_DEPTH = 100
 MAX_EXCLUDED_CHARS = 90
 
 _COUNT = re.compile(r"\{(\d+)(?:,(\d*))?\}")
 _BRACED = re.compile(r"\\[uxpP]\{\w+\}")
 _CLASSES = {"d": "0-9", "w": "0-9A-Za-z_"}
-_IN_CLASS = {"[": r"\[", "&": r"\&", "~": r"\~"}  # set operations in Rust, plain elsewhere
+# Set operations in Rust, plain characters elsewhere.
+_IN_CLASS = {"[": r"\[", "&": r"\&", "~": r"\~"}
 _GROUP = re.compile(r"\?(?::|P?<[A-Za-z_]\w*>|[a-zA-Z]+(?:-[a-zA-Z]+)?[:)])")
 _LOOKAHEAD = "(?="
-# What older versions of pydantic and Zod write, and what says the same: not a lone sign or point;
-# no two points in a row.
+# Patterns with lookaheads that older versions of pydantic and Zod write -> equal patterns without.
+# The lookaheads rule out a lone sign or point, and two points in a row.
 _DECIMAL = r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"
 _EMAIL = (
     r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+"
@@ -38,15 +40,17 @@ SAME = {
 
 
 class PatternError(ValueError):
-    """What is wrong with a pattern, without its place in a request."""
+    """What is wrong with a pattern. The message does not say where in the request the
+    pattern is.
+    """
 
 
 class PatternSizeError(PatternError):
-    """It would blow up."""
+    """The pattern is too large: it would blow up in the engine."""
 
 
 def engine_pattern(pattern: str) -> str:
-    """The same pattern as the engine reads it. Raises PatternError."""
+    """The same pattern in the engine's syntax. Raises PatternError."""
     if len(pattern) > MAX_PATTERN_CHARS:
         raise PatternSizeError(
             f"the pattern has {len(pattern)} characters, the limit is {MAX_PATTERN_CHARS}"
@@ -55,9 +59,10 @@ def engine_pattern(pattern: str) -> str:
 
 
 def without_lookaheads(pattern: str) -> list[str]:
-    """Patterns that a string must all match in place of one that begins with such conditions.
+    """Patterns that a string must all match, in place of one that begins with lookaheads.
 
-    `^(?=A)(?=B)C` looks three times at the beginning of the string.
+    `^(?=A)(?=B)C` matches a string if `^C`, `^(?:A)` and `^(?:B)` match it. A pattern that cannot
+    be split in this way is returned alone, as it is.
     """
     pattern = SAME.get(pattern, pattern)
     if not pattern.startswith("^" + _LOOKAHEAD):
@@ -69,12 +74,12 @@ def without_lookaheads(pattern: str) -> list[str]:
         rest = rest[end:]
         if not end or rest[:1] in ("*", "+", "?", "{"):
             return [pattern]
-    # Of several branches only the first one has the conditions.
+    # The lookaheads belong only to the first of several branches.
     return [pattern] if _has_branches(rest) else [f"^{rest}", *parts]
 
 
 def all_but(texts: AbstractSet[str]) -> str:
-    """A pattern of all strings but these. Raises PatternError where one of them is too long."""
+    """A pattern of all strings except these. Raises PatternSizeError if one of them is too long."""
     longest = max(map(len, texts), default=0)
     if longest > MAX_EXCLUDED_CHARS:
         raise PatternSizeError(
@@ -95,12 +100,12 @@ def _all_but(texts: AbstractSet[str]) -> str:
 
 
 def _literal(char: str) -> str:
-    """A character as a pattern has it, in a class or not."""
+    """A character, escaped so that it stands for itself inside and outside a class."""
     return "\\" + char if char in string.punctuation and char not in "<>" else char
 
 
 def _group_end(text: str) -> int:
-    """Behind the group that `text` begins with; 0 where that is not closed."""
+    """The position after the group that `text` begins with; 0 if that group is not closed."""
     depth = 0
     for at, char in _syntax(text):
         depth += (char == "(") - (char == ")")
@@ -119,7 +124,7 @@ def _has_branches(text: str) -> bool:
 
 
 def _syntax(text: str) -> Iterator[tuple[int, str]]:
-    """Characters that are neither escaped nor in a class, and where they are."""
+    """The positions and characters that are neither escaped nor in a class."""
     at, is_in_class = 0, False
     while at < len(text):
         char = text[at]
@@ -135,14 +140,16 @@ def _syntax(text: str) -> Iterator[tuple[int, str]]:
 
 
 class _Reader:
-    """One pass; a group's size is that of its atoms, each times its repeats."""
+    """Reads a pattern in one pass. Its size is the number of atoms, each counted once
+    per repeat.
+    """
 
     def __init__(self, pattern: str) -> None:
         self._text = pattern
         self._at = 0
         self._out: list[str] = []
-        self._sizes = [0]  # of the groups that are open
-        self._last = 0  # the size of the last atom, counted in its group already
+        self._sizes = [0]  # size of each open group, outermost first
+        self._last = 0  # size of the last atom, which its group's size includes already
 
     def read(self) -> str:
         while self._at < len(self._text):
@@ -177,7 +184,7 @@ class _Reader:
                 "the pattern has {,N}, which languages read in two ways: write {0,N}"
             )
         else:
-            if char in "{}":  # ECMAScript reads a lone brace as itself
+            if char in "{}":  # a lone brace stands for itself in ECMAScript
                 self._out.append("\\")
             self._take(1)
             self._atom(char not in "*+?|^$")
@@ -202,7 +209,7 @@ class _Reader:
                     "or references)"
                 )
             self._take(len(match[0]))
-            if match[0].endswith(")"):  # flags alone
+            if match[0].endswith(")"):  # a group of flags only, such as (?i)
                 return
         if len(self._sizes) > MAX_GROUPS_DEPTH:
             raise PatternSizeError(
@@ -230,7 +237,7 @@ class _Reader:
             raise PatternError(f"the pattern's word boundary \\{char} cannot be enforced")
         if char in "123456789k" and not is_in_class:
             raise PatternError(f"the pattern's reference \\{char} cannot be enforced")
-        if char in _CLASSES:  # without Unicode's digits and letters, as in ECMAScript
+        if char in _CLASSES:  # ASCII only, as in ECMAScript
             self._out.append(_CLASSES[char] if is_in_class else f"[{_CLASSES[char]}]")
         elif char.lower() in _CLASSES and not is_in_class:
             self._out.append(f"[^{_CLASSES[char.lower()]}]")

@@ -1,8 +1,9 @@
 """References within a JSON Schema -> JSON pointers.
 
-A schema of a request is one resource: one within it that has an id of its own is refused, wherever
-a reference leads to it or through it. So a dynamic or recursive reference leads where a plain one
-does: what has its anchor's name in the outermost resource is the only thing that has.
+The whole schema of a request is one resource: a subschema with an `$id` of its own would be
+another, and no reference may lead to it or through it. With a single resource a dynamic or
+recursive reference leads to the same place as a plain one, because only one schema can have its
+anchor.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ _BY_NAME = frozenset(
 
 
 class LostReferenceError(ValueError):
-    """Why a reference leads nowhere."""
+    """A reference that cannot be resolved, and why."""
 
 
 class References:
-    """Those of one schema, `root`."""
+    """The references of one schema, `root`."""
 
     def __init__(self, root: object) -> None:
         self._root = root
-        self._anchors: dict[str, str | None] | None = None  # -> pointer; None: several have it
+        # Anchor -> pointer; None if several schemas have it.
+        self._anchors: dict[str, str | None] | None = None
 
     def pointer(self, reference: str) -> str:
-        """Where it leads, as a pointer that `at` knows. Raises LostReferenceError."""
+        """The JSON pointer, for `at`, that a reference leads to. Raises LostReferenceError."""
         shown = f'"{reference[:61]}"'
         root_id = self._root.get("$id") if isinstance(self._root, dict) else None
         if isinstance(root_id, str) and root_id and reference.startswith(root_id):
@@ -53,7 +55,9 @@ class References:
         return pointer
 
     def at(self, pointer: str) -> Any:
-        """What a pointer leads to. Raises LookupError, ValueError."""
+        """The value that a JSON pointer leads to. Raises LookupError or ValueError if there is
+        none.
+        """
         value = self._root
         for part in pointer.split("/")[1:]:
             part = part.replace("~1", "/").replace("~0", "~")
@@ -79,13 +83,15 @@ class References:
 
 
 def has_own_id(schema: object) -> bool:
-    """Whether a schema within another one is a resource; "#name" is what older anchors look like"""
+    """Whether a subschema is a resource of its own. An $id like "#name" is an anchor of
+    old drafts.
+    """
     own = schema.get("$id") if isinstance(schema, dict) else None
     return isinstance(own, str) and not own.startswith("#")
 
 
 def escaped(name: str) -> str:
-    """A name as a part of a pointer."""
+    """A property name as one part of a JSON pointer."""
     return name.replace("~", "~0").replace("/", "~1")
 
 

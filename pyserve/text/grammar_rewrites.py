@@ -1,15 +1,19 @@
-"""Keywords that the grammar engine does not read, said in those it does: exactly or not at all.
+"""JSON Schema keywords that the grammar engine lacks, rewritten exactly in those it has, or
+refused.
 
-uniqueItems     of an array whose items are a few values: all lists that there can be.
-propertyNames   an enum, a pattern, a format or lengths: the only properties; or any string.
-not             of everything: nothing. Of objects with some properties: one of these is missing.
+uniqueItems    of an array whose items have a few values: an enum of all possible lists.
+propertyNames  an enum, pattern, format or length limits become the only patternProperties; a
+               schema that allows any string is dropped.
+not            the negation of everything allows nothing; the negation of an object with some
+               required properties means that one of them is missing.
 dependentRequired, dependencies
-                on other names alone: the property is missing, or they are there.
+               with lists of names: either the property is missing, or those names are present.
 unevaluatedProperties, unevaluatedItems
-                where no other schema can have looked at them: those that are not named.
-oneOf           of names, one of which is required: that one, and none of the others.
-patternProperties that overlap
-                and have the same schema: one pattern.
+               become additionalProperties and items, where no other schema can have evaluated the
+               properties or items.
+oneOf          whose branches each require one name: that name is present, all others are missing.
+patternProperties
+               with the same schema are joined into one pattern, as they may overlap.
 """
 
 from __future__ import annotations
@@ -25,24 +29,26 @@ from pyserve.text.grammar_formats import format_pattern
 
 Schema = dict[str, Any]
 
-MAX_LISTS = 2000  # of different items: all those of six values
-MAX_CHOICES = 16  # branches of such a oneOf, properties of such a not
-MAX_DEPENDENT = 4  # properties that need others: the engine tries all that may be there or not
-MAX_NAME_LENGTH = 1000  # in propertyNames
+MAX_LISTS = 2000  # lists for uniqueItems: enough for all lists of six values
+MAX_CHOICES = 16  # branches of a oneOf, properties of a not
+# Properties that need others; each doubles the combinations that the engine tries.
+MAX_DEPENDENT = 4
+MAX_NAME_LENGTH = 1000  # minLength and maxLength in propertyNames
 
-# Without effect on what is valid.
+# Keywords that do not affect what is valid.
 NOTES = frozenset(
     "title description default examples example deprecated readOnly writeOnly $comment $schema $id "
     "id $anchor $dynamicAnchor $recursiveAnchor $defs definitions $vocabulary contentMediaType "
     "contentEncoding contentSchema discriminator xml externalDocs nullable additionalItems "
     "x-guidance".split()
 )
-_SYNTAX = re.compile(r"[\\^$.|?*+()\[\]{}]")  # of patterns
+_SYNTAX = re.compile(r"[\\^$.|?*+()\[\]{}]")  # characters to escape in a pattern
 _ONLY_NAMES = (
     "propertyNames cannot be enforced unless it is an enum, a pattern, a format or "
     "lengths, and stands without properties and patternProperties: leave it out"
 )
-# Schemas in place of this one, which may have looked at what is left.
+# Keywords whose schemas apply to the same value, and so may have evaluated its properties and
+# items.
 _IN_PLACE = frozenset(
     "allOf anyOf oneOf not if then else $ref $dynamicRef $recursiveRef dependentSchemas "
     "dependencies contains".split()
@@ -53,7 +59,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 
 
 class RewriteError(ValueError):
-    """Why a keyword cannot be enforced."""
+    """Why a keyword cannot be enforced. `keyword` is its name."""
 
     def __init__(self, keyword: str, reason: str) -> None:
         super().__init__(reason)
@@ -67,11 +73,11 @@ def rewritten(
     follow: Callable[[object], object],
     read_pattern: Callable[[object, str], str],
 ) -> Schema:
-    """`result`, with what these keywords of a schema ask for.
+    """`result`, with the keywords that this file handles expressed in those that the engine reads.
 
-    result        what else of the schema the engine is given.
-    follow        what a schema that is only a reference leads to; any other as it is.
-    read_pattern  a pattern of this keyword's as the engine reads it.
+    result        what the engine is given for the other keywords of `schema`.
+    follow        returns the schema that a plain reference leads to; any other schema as it is.
+    read_pattern  turns a pattern of the given keyword into the engine's syntax.
 
     Raises RewriteError.
     """
@@ -93,7 +99,7 @@ def rewritten(
 
 
 def allows_nothing(schema: Schema) -> bool:
-    """Whether a schema is the negation of one that everything is valid by."""
+    """Whether a schema is the negation of one that allows everything."""
     negated = schema.get("not", False)
     return negated is True or isinstance(negated, dict) and not negated.keys() - NOTES
 
@@ -115,7 +121,7 @@ def _unevaluated(schema: Schema, result: Schema) -> Schema:
 
 
 def _dependent(schema: Schema) -> list[Schema]:
-    """For each property that needs others: it is missing, or they are there."""
+    """A schema for each property that needs others: it is missing, or they are present."""
     found = []
     for keyword in ("dependentRequired", "dependencies", "dependentSchemas"):
         needed = schema.get(keyword, {})
@@ -123,7 +129,7 @@ def _dependent(schema: Schema) -> list[Schema]:
             raise _left_out(keyword)
         for name, others in needed.items():
             if others == [] or keyword != "dependentRequired" and not isinstance(others, list):
-                continue  # what is no list: grammar_schema
+                continue  # grammar_schema handles dependencies that are schemas
             if keyword == "dependentSchemas" or not are_names(others):
                 raise _left_out(keyword)
             found.append({"anyOf": [without(name), {"required": [name, *others]}]})
@@ -137,7 +143,7 @@ def _dependent(schema: Schema) -> list[Schema]:
 
 
 def _negated(schema: Schema) -> list[Schema]:
-    """What cannot be valid is an object with some properties: one of them is missing."""
+    """A `not` of an object with some required properties becomes: one of them is missing."""
     negated = schema.get("not", False)
     if negated is False:
         return []
@@ -187,7 +193,9 @@ def _unique_items(schema: Schema, result: Schema, follow: Callable[[object], obj
 
 
 def values_of(schema: object) -> list[Any] | None:
-    """All values that a schema allows, each once; None: they are not a few texts and integers."""
+    """All values that a schema allows, each once; None if it does not list them, or lists others
+    than strings, integers, booleans and null.
+    """
     if not isinstance(schema, dict) or schema.keys() - NOTES - {"type", "enum", "const"}:
         return None
     several = {"boolean": [True, False], "null": [None]}.get(str(schema.get("type")))
@@ -213,7 +221,7 @@ def _allows_all_names(names: object) -> bool:
 
 
 def _names_pattern(names: object) -> object:
-    """A pattern for the names of properties; None: a schema asks for something else."""
+    """A pattern for the names of properties; None if the schema cannot be written as one."""
     if not isinstance(names, dict) or names.get("type", "string") != "string":
         return None
     asked = names.keys() - NOTES - {"type"}
@@ -232,7 +240,7 @@ def _names_pattern(names: object) -> object:
 
 
 def _joined(schemas: Mapping[str, Schema | bool]) -> dict[str, Schema | bool]:
-    """Patterns that have the same schema are one: the engine wants them disjoint."""
+    """Patterns that have the same schema, joined into one: the engine needs them disjoint."""
     alike: dict[str, list[str]] = {}
     for pattern, schema in schemas.items():
         alike.setdefault(json.dumps(schema, sort_keys=True), []).append(pattern)

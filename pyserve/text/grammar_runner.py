@@ -1,7 +1,7 @@
-"""Runs compiles of grammars on threads with a large stack, each for a limited time.
+"""Compiles grammars on threads with a large stack, within a time limit.
 
-A compile cannot be stopped. One that goes on after its time keeps a core, and its thread, until it
-ends by itself; the request that asked for it has been answered long before.
+A compile cannot be stopped. If it exceeds its time, the request is answered with an error, but the
+thread keeps running, and occupies a core, until the compile ends by itself.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import TypeVar
 from pyserve.allocator import trim
 from pyserve.errors import InvalidRequestError, RequestError, UnavailableError, release_frames
 
-MAX_COMPILE_S = 3.0  # of work
-MIN_WAIT_S, MAX_WAIT_S = 0.02, 10.0  # for it, on a busy machine
-MAX_LATE = 2  # compiles that went on after their time
-LONG_S = 0.01  # a compile of more work has built what is worth to give back
-STACK_BYTES = 512 * 2**20  # of address space; what is not used is never there
+MAX_COMPILE_S = 3.0  # CPU time of one compile
+MIN_WAIT_S, MAX_WAIT_S = 0.02, 10.0  # how long to wait for that CPU time: a machine may be busy
+MAX_LATE = 2  # compiles that may still be running after their time
+LONG_S = 0.01  # a compile that takes more CPU time has freed memory worth giving back
+STACK_BYTES = 512 * 2**20  # address space only; pages that are not touched take no memory
 
 R = TypeVar("R")
 
@@ -31,16 +31,21 @@ class TooLongError(InvalidRequestError):
 
 
 class _Runner:
-    """Runs compiles on threads with a large stack, each for a limited time."""
+    """Runs each function on a new thread with a large stack, for a limited time."""
 
     def __init__(self) -> None:
-        self._starting = threading.Lock()  # the size of stacks is the whole process's
+        self._starting = threading.Lock()  # threading.stack_size is set for the whole process
         self._late: list[threading.Thread] = []
 
     def run(self, function: Callable[[], R], param: str) -> R:
+        """The result of `function`, or the error that it raises.
+
+        Raises TooLongError for `param` if it takes too long, and UnavailableError while MAX_LATE
+        earlier calls are still running after their time.
+        """
         results: list[R] = []
         errors: list[BaseException] = []
-        clocks: list[int] = []  # of the thread's work
+        clocks: list[int] = []  # id of the thread's CPU clock
 
         def call() -> None:
             clocks.append(time.pthread_getcpuclockid(threading.get_ident()))
@@ -49,9 +54,9 @@ class _Runner:
             except BaseException as error:
                 errors.append(error)
                 if isinstance(error, RequestError):
-                    release_frames(error)  # they hold what was compiled
+                    release_frames(error)  # its frames hold what was compiled
             if time.thread_time() > LONG_S:
-                trim()  # the arena of this thread will serve none for long
+                trim()  # this thread's malloc arena may not be used again for long
 
         thread = threading.Thread(target=call, name="pyserve-grammar", daemon=True)
         with self._starting:
@@ -72,12 +77,13 @@ class _Runner:
                 self._late.append(thread)
             raise TooLongError(param)
         if errors:
-            raise errors.pop()  # one that this frame held would hold this frame, and its results
+            # Popped: a reference in this frame would be a cycle that keeps the result.
+            raise errors.pop()
         return results[0]
 
 
 def _worked_s(clocks: list[int]) -> float:
-    """What a thread has worked by its clock; 0 before it runs and once it has ended."""
+    """CPU time of a thread by its clock; 0 before it has started and once it has ended."""
     try:
         return time.clock_gettime(clocks[0])
     except (IndexError, OSError):

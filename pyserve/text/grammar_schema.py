@@ -1,10 +1,10 @@
-"""JSON Schemas of requests -> schemas that the grammar engine enforces to the letter.
+"""JSON Schemas of requests -> schemas that the grammar engine enforces exactly.
 
-The engine (llguidance) reads most of draft 2020-12 and refuses much of what it cannot enforce, but
-not all of it, and it does not say where. So a schema is walked here first. What comes out is a
-schema of our own making: references lead to definitions by number, notes are gone, older drafts'
-words are today's, patterns are the engine's. What cannot be enforced is an error that names the
-JSON pointer of the keyword.
+The engine, llguidance, reads most of draft 2020-12. It refuses much of what it cannot enforce, but
+not all, and does not say where in the schema the fault is. So each schema is walked here first and
+written anew: references point to numbered definitions, annotations are dropped, keywords of older
+drafts become today's, patterns are in the engine's syntax. A keyword that cannot be enforced is an
+error that names its JSON pointer.
 """
 
 from __future__ import annotations
@@ -36,41 +36,45 @@ from pyserve.text.grammar_rewrites import (
     without,
 )
 
-MAX_DEPTH = 56  # of schemas within schemas, each of two levels of JSON: the engine reads 127
-MAX_SCHEMAS = 10_000  # those that are referred to count once
+MAX_DEPTH = 56  # nesting of schemas; each takes two levels of JSON, and the engine reads 127
+MAX_SCHEMAS = 10_000  # in one schema; a definition counts once, and again where a oneOf inlines it
 MAX_DEFINITIONS = 1000
-MAX_VALUES = 20_000  # of all enums
-MAX_PROPERTIES = 2000  # of one object, required ones included; compile time is quadratic in them
-MAX_OPTIONAL = 400  # properties of one object: the engine's parser holds five times as many states
-MAX_PATTERNS = 12  # in patternProperties of one object
-MAX_SEARCH_S = 0.5  # for the place of what the engine refuses
-MAX_POINTER_CHARS = 500  # in an error
+MAX_VALUES = 20_000  # of all enums together
+MAX_PROPERTIES = 2000  # of one object, with the required ones; compile time is quadratic in them
+MAX_OPTIONAL = 400  # optional properties of one object; the engine's parser keeps 5 states for each
+MAX_PATTERNS = 12  # patterns in one patternProperties
+MAX_SEARCH_S = 0.5  # time to search for the part of a schema that the engine refuses
+MAX_POINTER_CHARS = 500  # length of a pointer in an error
 
 Schema = dict[str, Any]
 
 TYPES = frozenset(("null", "boolean", "integer", "number", "string", "array", "object"))
-NOT_ENFORCED = frozenset(("extends", "disallow", "divisibleBy"))  # of JSON Schema, any draft
+# Keywords of JSON Schema, in any draft, that are refused.
+NOT_ENFORCED = frozenset(("extends", "disallow", "divisibleBy"))
 OLD_DRAFTS = ("draft-03", "draft-04", "draft-06", "draft-07", "2019-09")
 
 
 def engine_schema(
     schema: object, *, param: str, place: str = "", has_additional_properties: bool = True
 ) -> Schema | bool:
-    """What the engine is given for a schema. Raises InvalidRequestError for `param`.
+    """The schema that the engine is given for a client's schema. Raises InvalidRequestError for
+    `param`.
 
-    place                      where in that field the schema is, for the error.
-    has_additional_properties  an object whose schema does not say so may have properties that the
-                               schema does not name.
+    place                      where in the field `param` the schema is, for the error.
+    has_additional_properties  whether objects whose schema does not say so may have properties that
+                               it does not name.
     """
     return _Walk(schema, param, place, has_additional_properties).run()
 
 
 def offending_pointer(schema: object, error: str, compile: Callable[[Schema], str]) -> str:
-    """Where in a schema is what the engine refuses with `error`; "" where that cannot be told.
+    """The JSON pointer of what makes the engine refuse a schema with `error`; "" if it is not
+    found.
 
-    compile  what the engine says of a schema that engine_schema has made, "" where it takes it.
+    compile  returns the engine's error for a schema made by engine_schema, "" if it has none.
 
-    The innermost schema that is refused alone, and its keyword if that is refused alone.
+    It is the innermost schema that fails with this error on its own, or its keyword if that fails
+    so.
     """
     walk = _Walk(schema, "", "", True)
     walk.run()
@@ -91,7 +95,7 @@ def offending_pointer(schema: object, error: str, compile: Callable[[Schema], st
 
 
 class _Walk:
-    """One schema's way through. A pointer names a place in it; "" is the whole."""
+    """The walk through one schema. A JSON pointer names a place in it; "" is the whole schema."""
 
     def __init__(
         self, root: object, param: str, place: str, has_additional_properties: bool
@@ -104,12 +108,13 @@ class _Walk:
         self._num_schemas = 0
         self._num_values = 0
         self._names: dict[str, str] = {}  # pointer of a definition -> its name in the result
-        self._pointers: list[str] = []  # of the definitions, whose names are their places here
-        self._num_walked = 0  # of them
+        self._pointers: list[str] = []  # of each definition; its index is its name in the result
+        self._num_walked = 0  # how many definitions have been walked
         self.definitions: dict[str, Schema | bool] = {}
-        # Pointers, what was made of the schemas there, their keywords; from inner to outer ones.
+        # (pointer, rewritten schema, original keywords) of each schema, inner ones before outer
+        # ones.
         self._nodes: list[tuple[str, Schema, Collection[str]]] = []
-        self._starts = [0]  # of the nodes of each definition, behind those of the root
+        self._starts = [0]  # index in _nodes where the root's nodes begin, then each definition's
         is_old = isinstance(root, dict) and any(
             draft in str(root.get("$schema", "")) for draft in OLD_DRAFTS
         )
@@ -133,7 +138,7 @@ class _Walk:
         return {**root, "$defs": self.definitions} if self.definitions else root
 
     def innermost_first(self) -> Iterator[tuple[str, Schema, Collection[str]]]:
-        """Schemas, pointers and keywords; definitions first, the last found of them first."""
+        """The entries of `_nodes`: those of the last definition first, those of the root last."""
         for start, end in reversed(list(zip(self._starts, [*self._starts[1:], None], strict=True))):
             yield from self._nodes[start:end]
 
@@ -146,7 +151,7 @@ class _Walk:
     def _schema(
         self, schema: object, pointer: str, depth: int, around: tuple[Schema, ...] = ()
     ) -> Schema | bool:
-        """around: schemas that hold for the same value, whatever this one is within."""
+        """Rewrite one schema. around: the enclosing schemas that apply to the same value."""
         if isinstance(schema, bool):
             return schema
         if isinstance(schema, dict) and allows_nothing(schema):
@@ -192,7 +197,7 @@ class _Walk:
         return new
 
     def _follow(self, pointer: str, schema: object) -> object:
-        """What a schema that is only a reference leads to; any other as it is."""
+        """The schema that a chain of plain references leads to; any other schema as it is."""
         for _ in range(MAX_DEPTH):
             if not isinstance(schema, dict) or schema.keys() - NOTES != {"$ref"}:
                 break
@@ -205,14 +210,14 @@ class _Walk:
     ) -> Schema | bool:
         return self._schema(schema, place, depth + 1, around)
 
-    # Each reads one keyword of `schema` and returns what takes its place.
+    # Each of these methods reads one keyword of `schema` and returns what replaces it.
 
     def _ref(self, schema: Schema, keyword: str, place: str) -> Schema:
         found = {"$ref": "#/$defs/" + self._definition(schema[keyword], place)}
         return {"allOf": [found]} if len(schema.keys() & set(REFERENCES)) > 1 else found
 
     def _definition(self, reference: object, place: str) -> str:
-        """The name in the result of what is referred to."""
+        """The name that the result has for the definition a reference leads to."""
         if not isinstance(reference, str):
             self._refuse(place, f"must be a string, got {shown(reference)}")
         try:
@@ -293,7 +298,7 @@ class _Walk:
         if not isinstance(schema[keyword], list):
             return self._inner(schema, keyword, place)
         result = self._list(schema[keyword], place, "prefixItems")
-        if "additionalItems" in schema:  # the word of older drafts, which goes with such a list
+        if "additionalItems" in schema:  # older drafts' keyword for the items behind such a list
             place = place.removesuffix("items") + "additionalItems"
             result["items"] = self._inside(schema["additionalItems"], place, depth)
         return result
@@ -308,12 +313,12 @@ class _Walk:
     def _several(self, schema: Schema, keyword: str, place: str) -> Schema:
         depth = self._depth
         result = self._list(schema[keyword], place, keyword, self._around)
-        if keyword == "oneOf":  # the engine shows that branches exclude each other, not references
+        if keyword == "oneOf":  # only inlined branches can be proven to exclude each other
             result[keyword] = [self._inlined(branch, place, depth) for branch in result[keyword]]
         return result
 
     def _inlined(self, branch: Schema | bool, place: str, depth: int) -> Schema | bool:
-        """The branch of a oneOf, or in place of a reference what it leads to."""
+        """A branch of a oneOf; if it is a reference, the schema that it leads to."""
         num_followed = 0
         while isinstance(branch, dict) and branch.keys() == {"$ref"}:
             number = int(branch["$ref"].rpartition("/")[2])
@@ -337,7 +342,7 @@ class _Walk:
         }
 
     def _if(self, schema: Schema, keyword: str, place: str) -> Schema:
-        """What is by `if` is by `then`, and what is not is by `else`."""
+        """Either `if` and `then` hold, or the opposite of `if` holds together with `else`."""
         if not {"then", "else"} & schema.keys():
             return {}
         depth, around, parent = self._depth, self._around, place.removesuffix("/if")
@@ -357,7 +362,7 @@ class _Walk:
         return {"allOf": [{"anyOf": possible} if possible else False]}
 
     def _dependent(self, schema: Schema, keyword: str, place: str) -> Schema:
-        """Where a property is there, a schema holds. Other properties: `rewritten`."""
+        """If a property is present, its schema holds. Lists of names are left to `rewritten`."""
         depth, around, found = self._depth, self._around, []
         for name, needed in schema[keyword].items() if isinstance(schema[keyword], dict) else ():
             if isinstance(needed, list):
@@ -375,7 +380,9 @@ class _Walk:
         return {"allOf": found} if found else {}
 
     def _contains(self, schema: Schema, keyword: str, place: str) -> Schema:
-        """Older drafts have it without minContains and maxContains: one item at least."""
+        """At least minContains items are valid by the schema, by default one. Older drafts have
+        neither minContains nor maxContains.
+        """
         inner = self._inside(schema[keyword], place, self._depth)
         asked = {name: self._numeric(schema, name, place.removesuffix(keyword) + name)[name]
                  for name in CONTAINS_COUNTS if name in schema}  # fmt: skip
@@ -417,7 +424,9 @@ class _Walk:
         }
 
     def _format(self, schema: Schema, keyword: str, place: str) -> Schema:
-        """Formats are of strings; of other types they are notes, such as OpenAPI's int32."""
+        """Formats only restrict strings. For other types they are annotations, such as OpenAPI's
+        int32.
+        """
         name = schema[keyword]
         types = schema.get("type")
         if isinstance(types, str | list) and types != "string" and "string" not in types:
@@ -437,7 +446,9 @@ class _Walk:
             self._refuse(place, str(error))
 
     def _min_properties(self, schema: Schema, keyword: str, place: str) -> Schema:
-        """The engine counts a name that comes twice as two properties."""
+        """Enforced only up to 1, or where `required` implies it: the engine counts a repeated name
+        as two properties.
+        """
         result = self._numeric(schema, keyword, place)
         if result[keyword] <= len(_names_in(schema.get("required"))):
             return {}
@@ -449,7 +460,8 @@ class _Walk:
         return result
 
 
-# Of the class: a walk that held its own methods would be left to the collector, with its schema.
+# Functions of the class, not bound methods: a _Walk holding its own bound methods would be a
+# reference cycle, which keeps the schema in memory until the garbage collector runs.
 _KEYWORDS: dict[str, Callable[[_Walk, Schema, str, str], Schema]] = {
     **dict.fromkeys(REFERENCES, _Walk._ref),
     "if": _Walk._if,
@@ -477,7 +489,7 @@ def _first_line(error: str) -> str:
 
 
 def _names_in(required: object) -> set[str]:
-    """The names that `required` lists, {} where it does not list any."""
+    """The names that `required` lists; the empty set if it is not a list."""
     if not isinstance(required, list):
         return set()
     return {name for name in required if isinstance(name, str)}

@@ -1,20 +1,20 @@
-"""Structural tags -> Lark: text that turns into something structured where a trigger comes.
+"""Structural tags -> Lark: free text in which a trigger starts something structured.
 
-A format is an object with a type, as vLLM takes them in response_format and structured_outputs:
+A format is a JSON object with a type. The types and their fields are those that vLLM takes in
+response_format and structured_outputs, except `arguments`, which is our own:
 
     const_string         value
     json_schema          json_schema
     arguments            form, json_schema: an object as tool_parsers/arguments.py writes it
     regex                pattern
-    any_text             text that ends where what follows it begins
+    any_text             no field; text that ends where what follows it begins
     sequence, or         elements
     tag                  begin, content, end
     triggered_tags       triggers, tags; at_least_one, stop_after_first
     tags_with_separator  tags, separator; at_least_one, stop_after_first
 
-and the older form is {"structures": [{begin, schema, end}], "triggers": [...]}, which is
-triggered_tags. Where begin, end, a trigger or a value spells a special token of the model, that
-token is meant.
+The older form {"structures": [{begin, schema, end}], "triggers": [...]} means triggered_tags. Where
+begin, end, a trigger or a value spells a special token of the model, it means that token.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from pyserve.text.tool_parsers.tagged_values import END_VALUE
 
 MAX_FORMATS = 500
 MAX_DEPTH = 16
-MAX_TEXT_CHARS = 1000  # of begin, end and so on
-MAX_SCHEMA_CHARS = 2**21  # of all schemas, each with the definitions that it uses
+MAX_TEXT_CHARS = 1000  # of begin, end, a trigger, a separator or a value
+MAX_SCHEMA_CHARS = 2**21  # of all schemas together, each with the definitions that it uses
 
 _OF_TAGS = frozenset(("at_least_one", "stop_after_first"))
-_FIELDS: Mapping[str, frozenset[str]] = {  # of each type of format
+_FIELDS: Mapping[str, frozenset[str]] = {  # type of format -> its fields beside type
     "const_string": frozenset(("value",)),
     "json_schema": frozenset(("json_schema",)),
     "arguments": frozenset(("form", "json_schema")),
@@ -58,16 +58,19 @@ Format = dict[str, Any]
 def tags_to_lark(
     tags: Format, *, special_tokens: Mapping[str, int], param: str, whitespace: str = WHITESPACE
 ) -> str:
-    """The grammar of a format, or of the older form. Raises InvalidRequestError for `param`.
+    """The Lark grammar of a format, or of the older form. Raises InvalidRequestError for `param`.
 
-    special_tokens  string -> id, of the model.
-    whitespace      between the tokens of JSON, as schema_text has it.
+    special_tokens  string of each special token of the model -> its id.
+    whitespace      a pattern for the white space between JSON tokens, as in schema_text.
     """
     return _Writer(special_tokens, param, whitespace).write(tags)
 
 
 class _Writer:
-    """Collects one rule for each format."""
+    """Writes a format as Lark rules, collected in `_rules`. A method `_name` for each type of
+    format returns the Lark expression for it; `place` is the JSON pointer of the format, for
+    errors.
+    """
 
     def __init__(self, special_tokens: Mapping[str, int], param: str, whitespace: str) -> None:
         self._special_tokens = special_tokens
@@ -78,7 +81,7 @@ class _Writer:
         self._rules: list[str] = []
         self._num_formats = 0
         self._num_chars = 0
-        self._json_rules: dict[str, str] = {}  # schema -> its rule
+        self._json_rules: dict[str, str] = {}  # text of a schema -> the name of its rule
 
     def write(self, tags: Format) -> str:
         if "structures" in tags:
@@ -134,7 +137,7 @@ class _Writer:
         return writer(self, format_, place, depth)
 
     def _check_names(self, given: Format, known: frozenset[str], place: str) -> None:
-        """A field that is not known may be a rule, which would not be enforced."""
+        """Refuse unknown fields: one of them may be a restriction that would not be enforced."""
         for name in given:
             if name != "type" and name not in known:
                 raise self._refuse(
@@ -173,7 +176,7 @@ class _Writer:
         return value
 
     def _literal(self, text: str) -> str:
-        """Text, and special tokens where it spells them."""
+        """The Lark expression for a text, with token ids where the text spells special tokens."""
         parts, start = [], 0
         for match in self._special.finditer(text):
             if match.start() > start:
@@ -220,7 +223,10 @@ class _Writer:
         return self._rule(" ".join(tagged) or '""')
 
     def _python_arguments(self, members: list[Member] | None, place: str) -> str:
-        """Commas stand between those that come: `first` is what follows none, `rest` some."""
+        """Arguments with commas only between those that are present. Built from the last member to
+        the first: `first` matches the remaining members if none has been written yet, `rest` if
+        some have.
+        """
         if members is None:
             one = self._rule(f"/[A-Za-z_][A-Za-z0-9_]{{0,63}}=/ {self._json(True, place)}")
             return self._rule(f'({one} (", " {one})*)?')
@@ -243,7 +249,7 @@ class _Writer:
         return rule if member.is_needed else f"{rule}?"
 
     def _bare_text(self) -> str:
-        """Any text, up to what ends it."""
+        """Any text up to and including the first END_VALUE."""
         return self._rule(f"TEXT {self._literal(END_VALUE)}", "[lazy]")
 
     def _regex(self, format_: Format, place: str, depth: int) -> str:
@@ -271,7 +277,7 @@ class _Writer:
         ]
 
     def _tag(self, format_: Format, place: str, depth: int, begun: str = "") -> str:
-        """A tag, of which `begun` has been written already."""
+        """A tag, without the part of its begin that has been written already, `begun`."""
         self._check_names(format_, _FIELDS["tag"], place)
         if format_.get("type", "tag") != "tag":
             raise self._refuse(f"{place}/type", f"must be tag, got {format_['type']!r:.60}")
@@ -313,7 +319,9 @@ class _Writer:
         return f"({any_group}{'+' if is_needed else '*'} TEXT)"
 
     def _group(self, trigger: str, tags: list[str]) -> str:
-        """Text up to a trigger, then one of the tags that begin with it."""
+        """Text up to a trigger, then what follows the trigger in one of the tags that begin with
+        it.
+        """
         special = self._special.search(trigger)
         if special is None:
             head = self._rule(f"TEXT {self._literal(trigger)}", "[lazy]")

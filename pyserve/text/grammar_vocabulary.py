@@ -1,4 +1,4 @@
-"""A model's tokens as the grammar engine has them."""
+"""The grammar engine's view of a model's vocabulary."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from llguidance import LLTokenizer, TokenizerWrapper
 from pyserve.errors import InvalidRequestError
 from pyserve.text.tokenizer import Tokenizer
 
-# Where all of such a text may come next, its tokens are allowed together and not one after the
-# other, each inside the next. As many as the engine has of itself, and as large; it has none for
-# letters, of which `[a-z ]{2000}` is made, say: a mask took 450 us and takes 4.
+# Where a grammar allows any text that matches one of these patterns, the engine allows all tokens
+# that match it at once, without walking through its token trie. Each pattern is contained in the
+# next. The engine's defaults are as many and as large, but have none for letters alone: with them a
+# mask of `[a-z ]{2000}`, say, took 450 us instead of 4.
 SLICES = [
     "[a-z]{1,10}",
     "[a-z ]{1,10}",
@@ -21,14 +22,16 @@ SLICES = [
     r'[^"\\\x00-\x1F\x7F]+',
 ]
 MIN_FORCED_CHARS = 256
-MAX_FORCED_TEXTS = 1024  # that are remembered: a megabyte or two
+MAX_FORCED_TEXTS = 1024  # cached texts, which take 1 to 2 MB
 
 
 class Vocabulary:
-    """A model's tokens as the engine has them.
+    """A model's tokens, and the engine's table of them.
 
-    vocab_size     of the model: ids beyond the tokenizer's have no token and are never allowed.
-    eos_token_ids  what ends an answer.
+    vocab_size      of the model. Ids beyond the tokenizer's have no token and are never allowed.
+    eos_token_ids   tokens that end an answer, sorted.
+    pieces          token id -> its bytes, special tokens included.
+    special_tokens  string of each special token -> its id.
     """
 
     def __init__(
@@ -47,16 +50,17 @@ class Vocabulary:
         self._table: LLTokenizer | None = None
 
     def has_token(self, token_id: int) -> bool:
-        """Whether the id has a text; ids of a padded vocabulary have none."""
+        """Whether the id has a text. Ids that only pad the vocabulary have none."""
         return bool(self.pieces[token_id])
 
     def encode_all(self, texts: Iterable[str]) -> list[list[int]]:
-        """Token ids of each text as a part of another; special tokens are parsed."""
+        """Token ids of each text as part of a longer one; special tokens in it are parsed."""
         return [ids for text in texts if (ids := self.tokenizer.encode_inner(text))]
 
     def table(self) -> LLTokenizer:
-        """Built when it is first asked for: a fifth of a second for 128k tokens, of which another
-        one holds the interpreter's lock. Raises InvalidRequestError where nothing can end.
+        """The engine's token table, built by the first call. For 128k tokens that takes 0.2 s, of
+        which a fifth holds the interpreter's lock. Raises InvalidRequestError if no token ends an
+        answer.
         """
         with self._lock:
             if self._table is None:
@@ -74,7 +78,7 @@ class Vocabulary:
 
 
 class _Tokens(TokenizerWrapper):
-    """What LLTokenizer asks for; named as it has it."""
+    """What LLTokenizer reads from a tokenizer; it sets the names of these attributes."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -82,7 +86,7 @@ class _Tokens(TokenizerWrapper):
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: list[int]) -> None:
         pieces = tokenizer.decoder.pieces(skip_special_tokens=False)
         special = tokenizer.special_token_ids | set(eos_token_ids)
-        # An empty token is never allowed.
+        # The engine never allows a token without bytes.
         self.tokens = [pieces[token_id] for token_id in range(vocab_size)]
         self.special_token_ids = [token_id for token_id in special if token_id < vocab_size]
         self.eos_token_id = eos_token_ids[0]
@@ -95,11 +99,12 @@ class _Tokens(TokenizerWrapper):
         self._ids_of = lru_cache(MAX_FORCED_TEXTS)(self._encode)
 
     def __call__(self, text: str) -> list[int]:
-        """Ids of a text that a grammar forces, as the model would write it; of a long one, ids of
-        its beginning: the first one counts, the rest shows where that ends.
+        """Token ids of a text that a grammar forces, as the model would write it.
 
-        It is asked for in the midst of masks, again and again for the same texts: the names in an
-        object. To encode one takes ten times as long as the rest of a mask.
+        Of a long text only a beginning is encoded: the engine uses the first id, and the others
+        show where it ends. The engine calls this while it fills masks, again and again for the same
+        texts, such as the names in an object, and encoding takes ten times as long as the rest of a
+        mask. So results are cached.
         """
         return self._ids_of(text[: max(MIN_FORCED_CHARS, 4 * self._max_bytes)])
 
@@ -108,10 +113,10 @@ class _Tokens(TokenizerWrapper):
         ids = self._tokenizer.encode_inner(text)
         if b"".join([self.tokens[token_id] for token_id in ids]) == wanted:
             return ids
-        return self._longest(wanted)  # a normaliser has changed it
+        return self._longest(wanted)  # the tokenizer's normalizer has changed the text
 
     def _longest(self, wanted: bytes) -> list[int]:
-        """The longest token at each place; ends where there is none."""
+        """Token ids by greedy longest match; they stop where no token matches."""
         ids, at = [], 0
         while at < len(wanted):
             for end in range(min(len(wanted), at + self._max_bytes), at, -1):

@@ -1,16 +1,17 @@
 """Keeps special tokens that a user spelled out from being parsed as control tokens of a chat.
 
-A template mixes its own markup with users' text into one string, and the tokenizer cannot tell
-them apart. So before rendering, each place in users' strings where a special token begins gets a
-mark, a Unicode noncharacter that the request does not hold; after rendering the marks are taken
-out and become positions where the tokenizer must cut the text. A user's string that ends in the
-beginning of a special token is cut at its end, so that the text after it cannot complete it.
+A template mixes its own markup with users' text into one string, and the tokenizer cannot tell them
+apart. So before rendering, a mark is put wherever a special token begins in a user's string: a
+Unicode noncharacter that the request does not contain. After rendering, the marks are removed, and
+their positions are where the tokenizer must cut the text. A user's string that ends with the
+beginning of a special token is also cut at its end, so that the text after it cannot complete the
+token.
 
-Texts are searched in pieces: a search holds the interpreter's lock, and an endless one would stop
-the event loop from wherever it runs.
+Texts are searched in pieces, because a search holds the interpreter's lock: one long search would
+block the event loop, on whatever thread it runs.
 
-Out of reach: special tokens of one character, and template markup closed around a whole user
-string ('<|' + role + '|>'), which is how templates are meant to work; roles are the API's to check.
+Not covered: special tokens of one character, and template markup closed around a whole user string
+('<|' + role + '|>'), which is how such templates are meant to work; the API checks roles.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from typing import Any
 from pyserve.errors import InvalidRequestError
 
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
-PIECE_CHARS = 2**18  # a few milliseconds
+PIECE_CHARS = 2**18  # searched in a few milliseconds
 
 
 class ChatPrompt(str):
     """A rendered prompt.
 
-    breaks  ascending positions where the text must be cut to encode it.
-    merged  what was done to the order of the messages, as turn_order.in_order has it.
+    breaks  ascending positions at which the text must be cut to encode it.
+    merged  what was done to the order of the messages, as turn_order.in_order returns it.
     """
 
     __slots__ = ("breaks", "merged")
@@ -44,13 +45,15 @@ class ChatPrompt(str):
 
 
 class ControlGuard:
-    """Marks control tokens in users' strings, and turns marks in a rendered text into breaks."""
+    """Marks control tokens in users' strings, and turns the marks in a rendered text
+    into breaks.
+    """
 
     def __init__(self, control_tokens: Iterable[str]) -> None:
         tokens = [token for token in control_tokens if len(token) > 1]
         pattern = _trie_pattern(tokens)
         self._find_start = re.compile(f"(?={pattern})").finditer
-        self._search = re.compile(pattern).search  # faster than _find_start where there is none
+        self._search = re.compile(pattern).search  # faster than _find_start if the text has none
         self._match = re.compile(pattern).match
         self._beginnings = {token[:n] for token in tokens for n in range(1, len(token))}
         self._longest = max(map(len, tokens), default=0)
@@ -62,7 +65,9 @@ class ControlGuard:
         return any(self._holds(text) or self._is_unfinished(text) for text in strings_in(value))
 
     def mark(self, value: Any, marks: str) -> Any:
-        """A copy of JSON-like data with marks[0] before each token, marks[1] after a beginning."""
+        """A copy of JSON-like data with marks[0] before each control token, and marks[1] after each
+        string that ends with the beginning of one.
+        """
         if isinstance(value, str):
             return self._mark_text(value, marks)
         if isinstance(value, dict):
@@ -72,7 +77,9 @@ class ControlGuard:
         return value
 
     def settle(self, text: str, marks: str) -> ChatPrompt:
-        """Take the marks out of a rendered text."""
+        """Remove the marks from a rendered text. The result's breaks are where they were, or one
+        character further, so that they lie within the token.
+        """
         found = [match.start() for match in re.finditer(f"[{marks}]", text)]
         cuts = [0, *[at + 1 for at in found], len(text) + 1]
         plain = "".join([text[a : b - 1] for a, b in zip(cuts, cuts[1:], strict=False)])
@@ -80,18 +87,18 @@ class ControlGuard:
         for num_before, at in enumerate(found):
             position = at - num_before
             is_token = text[at] == marks[0] and self._match(plain, position)
-            breaks.add(position + 1 if is_token else position)  # within the token
+            breaks.add(position + 1 if is_token else position)  # cut within the token
         return ChatPrompt(plain, tuple(sorted(breaks - {0, len(plain)})))
 
     def _holds(self, text: str) -> bool:
-        """Whether a control token is in the text."""
+        """Whether the text contains a control token."""
         return any(
             self._search(text, start, start + PIECE_CHARS + self._longest)
             for start in range(0, len(text), PIECE_CHARS)
         )
 
     def _starts(self, text: str) -> Iterator[int]:
-        """Where control tokens begin."""
+        """The positions at which control tokens begin."""
         for start in range(0, len(text), PIECE_CHARS):
             for match in self._find_start(text, start, start + PIECE_CHARS + self._longest):
                 if match.start() >= start + PIECE_CHARS:
@@ -105,7 +112,7 @@ class ControlGuard:
         return marks[0].join(text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)) + end
 
     def _is_unfinished(self, text: str) -> bool:
-        """Whether the text ends in the beginning of a control token."""
+        """Whether the text ends with the beginning of a control token."""
         match = self._search_first(text, max(0, len(text) - self._longest + 1))
         if match is None:
             return False
@@ -113,7 +120,7 @@ class ControlGuard:
 
 
 def strings_in(value: Any) -> Iterator[str]:
-    """All strings of JSON-like data, keys included."""
+    """All strings in JSON-like data, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -126,7 +133,9 @@ def strings_in(value: Any) -> Iterator[str]:
 
 
 def unused_noncharacters(count: int, value: Any, *, source: str) -> str:
-    """Characters that occur neither in the data nor in the template's source."""
+    """`count` noncharacters that occur neither in the data nor in the template's source. Raises
+    InvalidRequestError if there are not enough.
+    """
     texts = [source, *strings_in(value)]
     free = ""
     for char in _NONCHARACTERS:
@@ -140,10 +149,11 @@ def unused_noncharacters(count: int, value: Any, *, source: str) -> str:
 
 
 def _trie_pattern(tokens: Iterable[str]) -> str:
-    """A pattern that finds any of the tokens; of two that begin alike, the shorter.
+    """A pattern that finds any of the tokens; of two tokens where one begins with the other, the
+    shorter.
 
-    Nested by common beginnings: an alternation of a thousand reserved tokens would try each of
-    them at every "<".
+    The pattern is nested by common beginnings. A plain alternation of a thousand reserved tokens
+    would try each of them at every "<".
     """
     groups: dict[str, list[str]] = {}
     for token in tokens:

@@ -1,9 +1,10 @@
-"""Parts: what an answer is made of, once stop strings have settled its text.
+"""Parts: what the text of an answer consists of, once stop strings have been looked for in it.
 
-A stage takes the text of one answer as it comes and says what it is. `Plain` says that all of it is
-content. A parser of reasoning or of tool calls is another stage, in a file of its own here: `push`
-may hold text back until it knows what it is, and `flush` gives what is held when the text has
-ended. Thinking comes first (reasoning.py); what it leaves as content goes to the stage of the job.
+A stage gets the text of one answer as it is generated and returns it as parts. `Plain` returns
+everything as content. A parser of reasoning or of tool calls is another stage, in a file of its
+own: `push` may hold back text until its kind is known, and `flush` returns what is held back at the
+end of the text. Reasoning comes first (reasoning.py); what it returns as content goes to the next
+stage.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import msgspec
 class Content(msgspec.Struct, frozen=True, gc=False):
     """Text of the answer.
 
-    tokens  what is known of the tokens that the text was made from, such as their logprobs, in
-            their order. A stage that holds text back or drops a marker passes them on with what it
-            gives next, be that without text: each token of an answer comes once.
+    tokens  what is known of the tokens that made the text, such as their logprobs, in order. A
+            stage that holds text back, or drops a marker, adds their entries to the next part that
+            it returns, even one without text, so that each token of an answer comes exactly once.
     """
 
     text: str
@@ -28,19 +29,19 @@ class Content(msgspec.Struct, frozen=True, gc=False):
 
 
 class Reasoning(msgspec.Struct, frozen=True, gc=False):
-    """Text of the thinking that comes before an answer. `tokens` as those of Content."""
+    """Text of the thinking before an answer. `tokens` is as in Content."""
 
     text: str
     tokens: tuple[Any, ...] = ()
 
 
 class ToolCall(msgspec.Struct, frozen=True, gc=False):
-    """A piece of the call of a tool.
+    """A piece of a tool call.
 
-    index      of the call in its answer, from 0; the pieces of one call follow each other.
-    id, name   of the call and of its tool: in the first piece of a call, None in others.
+    index      index of the call in its answer, from 0; the pieces of one call follow each other.
+    id, name   of the call and of its tool, in the first piece of the call; None in the others.
     arguments  the next characters of the JSON text of its arguments.
-    tokens     as those of Content.
+    tokens     as in Content.
     """
 
     index: int
@@ -54,7 +55,9 @@ Part = Content | Reasoning | ToolCall
 
 
 class Stage(Protocol):
-    """Of one answer. What comes in is content still to be looked at, in order."""
+    """Sorts the text of one answer into parts. It gets the content that has not been sorted, in
+    order.
+    """
 
     def push(self, content: Content) -> Sequence[Part]: ...
 
@@ -62,7 +65,7 @@ class Stage(Protocol):
 
 
 class Plain:
-    """Everything is content."""
+    """A stage for which everything is content."""
 
     def push(self, content: Content) -> Sequence[Part]:
         return (content,)
@@ -72,7 +75,7 @@ class Plain:
 
 
 def pass_on(parts: Sequence[Part], stage: Stage) -> list[Part]:
-    """What another stage has found, its content as `stage` sees it."""
+    """The parts that another stage has returned, with their content passed through `stage`."""
     passed: list[Part] = []
     for part in parts:
         if isinstance(part, Content):
@@ -83,13 +86,15 @@ def pass_on(parts: Sequence[Part], stage: Stage) -> list[Part]:
 
 
 def joined(parts: Sequence[Part]) -> list[Part]:
-    """The same parts, with those of one kind, or one call, that follow each other in one part."""
+    """The same parts, with neighbours joined if they are of the same kind, or of the same tool
+    call.
+    """
     found: list[Part] = []
     for _, group in groupby(parts, lambda p: (type(p), p.index if isinstance(p, ToolCall) else 0)):
         alike = list(group)
         first = alike[0]
         if len(alike) > 1:
-            # At once: one after the other would copy the text each time.
+            # All at once: joining them one by one would copy the text each time.
             tokens = tuple(chain.from_iterable(part.tokens for part in alike))
             texts = [part.arguments if isinstance(part, ToolCall) else part.text for part in alike]
             name = "arguments" if isinstance(first, ToolCall) else "text"
@@ -99,17 +104,17 @@ def joined(parts: Sequence[Part]) -> list[Part]:
 
 
 def content_of(parts: Sequence[Part]) -> str:
-    """The text of a whole answer."""
+    """The content of a whole answer as one text."""
     return "".join([part.text for part in parts if isinstance(part, Content)])
 
 
 def reasoning_of(parts: Sequence[Part]) -> str:
-    """The text of the thinking of a whole answer."""
+    """The thinking of a whole answer as one text."""
     return "".join([part.text for part in parts if isinstance(part, Reasoning)])
 
 
 def tool_calls_of(parts: Sequence[Part]) -> list[ToolCall]:
-    """The calls of a whole answer, the pieces of each put together."""
+    """The tool calls of a whole answer, each with its pieces joined."""
     calls: list[ToolCall] = []
     arguments: list[list[str]] = []
     for part in parts:
@@ -126,5 +131,5 @@ def tool_calls_of(parts: Sequence[Part]) -> list[ToolCall]:
 
 
 def num_chars(parts: Sequence[Part]) -> int:
-    """Characters of all texts of `parts`."""
+    """Number of characters in all texts and arguments of `parts`."""
     return sum(len(p.arguments if isinstance(p, ToolCall) else p.text) for p in parts)

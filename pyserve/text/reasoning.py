@@ -1,10 +1,10 @@
-"""Thinking that a model writes down before its answer: text -> reasoning and content.
+"""The thinking that a model writes before its answer: text -> reasoning and content.
 
-A format is a row: the markers around the thinking. Whether it has begun is read from the end of the
-prompt, where some templates write the opening marker themselves, and others close the thinking at
-once to turn it off; else from the start of the answer. Without an opening marker in either place
-there is no thinking: a model that answers at once has answered. White space around the markers
-stays, as in vLLM.
+A format is one row: the markers around the thinking. Whether the thinking has begun is seen from
+the end of the prompt, since some templates write the opening marker themselves, and others close
+the thinking at once to turn it off. Otherwise it is seen from the start of the answer. Without an
+opening marker in either place there is no thinking, only an answer. White space around the markers
+is kept, as in vLLM.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from pyserve.text.grammar_constraint import FreeUntil
 from pyserve.text.parts import Content, Part, Reasoning
 from pyserve.text.tokenizer import Tokenizer
 
-MAX_LEADING_SPACE = 64  # characters in front of an opening marker
-TAIL_TOKENS = 48  # of a prompt, in which its last marker is looked for
+MAX_LEADING_SPACE = 64  # white space in front of an opening marker
+TAIL_TOKENS = 48  # tokens at the end of a prompt that are searched for a marker
 
-# Where a prompt leaves the answer: within thinking, behind it, or neither.
+# Where the answer begins, by its prompt: within the thinking, after it, or unknown.
 Opening = Literal["open", "closed", "unsaid"]
 
 
 @dataclass(frozen=True, slots=True)
 class ReasoningFormat:
-    """No marker of a format is part of another one.
+    """The markers of one format. None of them is part of another one.
 
-    starts     each opens the thinking.
-    ends       each closes it; the first one is what closes it by force.
-    next_ends  close it too, and belong to what follows.
+    starts     each of them opens the thinking.
+    ends       each of them closes the thinking; the first is used to close it by force.
+    next_ends  also close the thinking, but belong to what follows it.
     """
 
     starts: tuple[str, ...]
@@ -64,7 +64,7 @@ FORMATS: dict[str, ReasoningFormat] = {
 
 
 def opened_thinking(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> str:
-    """The <think> that a prompt ends with, and the white space behind it; "": it does not."""
+    """The <think> at the end of a prompt with the white space behind it; "" if there is none."""
     tail = tokenizer.decode(prompt_token_ids[-TAIL_TOKENS:], skip_special_tokens=False)
     marker = _THINK.starts[0]
     end = len(tail.rstrip())
@@ -72,14 +72,15 @@ def opened_thinking(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> st
 
 
 class ReasoningParser:
-    """A format and the tokenizer of the model that writes it.
+    """A format together with the tokenizer of the model that writes it.
 
-    marker_ids  markers that are special tokens: a text shows them while it is looked at for them.
-                Not those of what follows, such as calls: whoever reads that shows them.
+    marker_ids  markers that are special tokens, which the text must show while thinking is looked
+                for. Those of next_ends are not among them: the stage that reads what follows shows
+                its own.
     """
 
     def __init__(self, name: str, tokenizer: Tokenizer) -> None:
-        """`name` is one of FORMATS."""
+        """Make the parser with a name of FORMATS."""
         self.format = FORMATS[name]
         self._tokenizer = tokenizer
         ids = {tokenizer.token_to_id(m) for m in (*self.format.starts, *self.format.ends)}
@@ -87,7 +88,9 @@ class ReasoningParser:
 
     @classmethod
     def named(cls, name: str | None, tokenizer: Tokenizer) -> ReasoningParser | None:
-        """That of a name that `check_name` lets pass; the log says where it does not suit."""
+        """The parser for a name that `check_name` accepts; None if it names no format. Logs a
+        warning if the opening marker is not a token of the model.
+        """
         if name not in FORMATS:
             return None
         parser = cls(name, tokenizer)
@@ -100,9 +103,11 @@ class ReasoningParser:
         return parser
 
     def opening(self, prompt_token_ids: Sequence[int], *, continued: str | None = None) -> Opening:
-        """Where a prompt leaves the answer. `continued`: the text of the message it goes on with.
+        """Where the answer begins, by its prompt.
 
-        Only the end of a prompt is looked at: earlier messages may hold markers too.
+        continued  the text of the last message if the answer continues it.
+
+        Only the end of the prompt is searched, because earlier messages may contain markers too.
         """
         format = self.format
         tail = self._tokenizer.decode(prompt_token_ids[-TAIL_TOKENS:], skip_special_tokens=False)
@@ -118,23 +123,23 @@ class ReasoningParser:
         return "open" if start > end else "closed"
 
     def free_until(self, opening: Opening) -> FreeUntil | None:
-        """The thinking in front of an answer that a grammar constrains; None: there is none."""
+        """The thinking before an answer that a grammar constrains; None if there is none."""
         if opening == "closed":
             return None
         starts = self.format.starts if opening == "unsaid" else ()
         return FreeUntil(self.format.ends, self.format.next_ends, starts)
 
     def stage(self, opening: Opening, *, is_hidden: bool = False) -> ReasoningStage:
-        """For one answer. is_hidden: the thinking is read and not shown."""
+        """The stage for one answer. is_hidden: thinking is recognised, but left out."""
         return ReasoningStage(self.format, opening, self.marker_ids, is_hidden=is_hidden)
 
 
 class ReasoningStage:
-    """Tells the thinking of one answer from the rest; the result is the same however text is cut.
+    """Separates the thinking of one answer from its content, however the text is cut.
 
-    is_over     nothing but content comes any more.
-    has_begun   the answer, or the prompt, has opened the thinking.
-    marker_ids  special tokens that need not be shown any more when it is over.
+    is_over     from now on everything is content.
+    has_begun   the answer or its prompt has opened the thinking.
+    marker_ids  special tokens that the text need not show any more once the thinking is over.
     """
 
     def __init__(
@@ -177,7 +182,7 @@ class ReasoningStage:
         return self._with_tokens([Content(text)] if text or self._tokens else [])
 
     def _read(self, text: str) -> list[Part]:
-        """The parts that are settled; the rest of the text is held."""
+        """The parts of `text` whose kind is known; the rest is held back."""
         if self._is_at_start:
             behind = self._pass_start(text)
             if behind is None:
@@ -200,14 +205,16 @@ class ReasoningStage:
         return [*parts, Content(behind)] if behind else parts
 
     def _pass_start(self, text: str) -> str | None:
-        """What follows an opening marker, or all, where there is none; None: more must come."""
+        """The text after an opening marker, or all of it if there is no marker; None if more text
+        is needed to tell.
+        """
         stripped = text.lstrip()
         if len(text) - len(stripped) <= MAX_LEADING_SPACE:
             for marker in self._format.starts:
                 if stripped.startswith(marker):
                     self.has_begun = True
                     return stripped[len(marker) :]
-            for marker in self._format.ends:  # thinking that was never opened is no thinking
+            for marker in self._format.ends:  # a closing marker without an opening one is dropped
                 if stripped.startswith(marker) and not self.has_begun:
                     self.is_over = True
                     return stripped[len(marker) :]
@@ -218,9 +225,10 @@ class ReasoningStage:
         return text
 
     def _with_tokens(self, parts: list[Part]) -> list[Part]:
-        """`parts` with what is known of their tokens, on the last of them.
+        """`parts`, the last of them with all collected tokens.
 
-        Nothing is kept once the thinking is over: nobody may ask this stage again.
+        Once the thinking is over no tokens are kept back, because this stage may never be called
+        again.
         """
         if self._tokens and self.is_over and not parts:
             parts = [Content("")]
@@ -232,14 +240,16 @@ class ReasoningStage:
 
 @cache
 def _pattern(markers: tuple[str, ...]) -> re.Pattern[str]:
-    """Finds the first marker, as the group "whole", or the beginning of one at the text's end."""
+    """A pattern that finds the first marker, as group "whole", or the beginning of one at the
+    text's end.
+    """
     whole = "|".join(map(re.escape, markers))
     begun = "|".join(re.escape(m[:size]) for m in markers for size in range(len(m) - 1, 0, -1))
     return re.compile(f"(?P<whole>{whole})|(?:{begun})\\Z")
 
 
 def check_name(name: str | None) -> None:
-    """Raises ConfigError where no format has this name, and it is not "none"."""
+    """Raise ConfigError unless the name is None, "none" or a format's."""
     if name is not None and name not in FORMATS and name != "none":
         names = ", ".join([*sorted(FORMATS), "none"])
         raise ConfigError(f"--reasoning-parser must be one of {names}, got {name[:100]}")

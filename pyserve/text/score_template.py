@@ -1,8 +1,8 @@
 """A query and a document -> the prompt by which a reranker scores them.
 
-A reranker that is a language model was trained on one form of prompt, and without it its scores
-mean nothing. The form is a chat template that shows the roles query and document, and maybe system,
-an instruction. The Qwen3 rerankers come without one: theirs is here.
+A reranker that is a language model was trained on one form of prompt, and its scores mean nothing
+with any other. The form is a chat template that shows the roles query and document, and maybe
+system, which holds an instruction. The Qwen3 rerankers come without one, so theirs is written here.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pyserve.text.chat_template import ChatTemplate
 from pyserve.text.guard import ChatPrompt
 from pyserve.text.tokenizer import Tokenizer
 
-QWEN3 = "qwen3"  # as transformers calls the family
-# As the model's own card has it; messages are an instruction, where there is one, a query, a
-# document. Jinja takes a line break off behind a block and at the end, and none off an expression.
+QWEN3 = "qwen3"  # model_type in config.json
+# From the model card. The messages are an instruction (optional, role system), a query and a
+# document. Jinja removes a line break after a block and at the end, but not after an expression.
 _QWEN3_SOURCE = """\
 <|im_start|>system
 Judge whether the Document meets the requirements based on the Query and the Instruct provided. \
@@ -37,10 +37,11 @@ _shows_document = re.compile(r"""(['"])document\1""").search
 
 
 class ScoreTemplate:
-    """How a model's tokenizer encodes a query and a document.
+    """How a query and a document are encoded for a reranker.
 
-    written_beginning  a query that begins so was put into the model's form by the client, and its
-                       documents too: they follow it as they are. "": none is.
+    written_beginning  a query that starts with this has been put into the model's form by the
+                       client, and so has the document, so both are encoded as they are. "" if there
+                       is no such form.
     """
 
     def __init__(
@@ -54,9 +55,8 @@ class ScoreTemplate:
     def find(
         cls, template: ChatTemplate, tokenizer: Tokenizer, *, model_type: str
     ) -> ScoreTemplate:
-        """The form of a model of a family: what its chat template shows, or what is known of it.
-
-        Raises ConfigError where neither is there.
+        """The prompt of a model: its own chat template if that shows queries and documents, else
+        the one that is known for its `model_type`. Raises ConfigError if there is neither.
         """
         source = template.source
         if source is not None and _shows_query(source) and _shows_document(source):
@@ -70,7 +70,7 @@ class ScoreTemplate:
         )
 
     def encode(self, query: str, document: str, instruction: str | None) -> list[int]:
-        """Token ids. Raises InvalidRequestError and ChatTemplateError."""
+        """Token ids of the prompt. Raises InvalidRequestError and ChatTemplateError."""
         if self._written_beginning and query.startswith(self._written_beginning):
             return self._tokenizer.encode(query + document, add_special_tokens=False, param="query")
         messages: list[Mapping[str, str]] = []

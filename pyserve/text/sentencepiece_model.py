@@ -1,11 +1,11 @@
-"""tokenizer.model -> a tokenizer that gives SentencePiece's ids, which is checked on some texts.
+"""tokenizer.model -> a tokenizer with SentencePiece's ids, which is checked on a number of texts.
 
-Merges are ranked by the pieces' scores: ranked by their ids, as transformers does for some classes,
-a run of spaces becomes other tokens, and so does all indented code. sentencepiece and protobuf are
-needed for a folder that has no tokenizer.json, and for nothing else.
+Merges are ranked by the scores of their pieces. transformers ranks them by ids for some classes,
+which turns runs of spaces, and so all indented code, into other tokens. The packages sentencepiece
+and protobuf are needed only for folders without tokenizer.json.
 
-Known to differ: where a model normalises its text (T5 does; Llama, Mistral and Gemma do not), the
-`tokenizers` library leaves some letters with several combining marks as they are.
+Known difference: if a model normalises its text (T5 does; Llama, Mistral and Gemma do not), the
+`tokenizers` library leaves some letters with several combining marks unchanged.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from pyserve.text.tokenizer_files import TokenizerFiles
 
 try:
     from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
-except ImportError:  # of one of the two packages
+except ImportError:  # either package is missing
     SentencePieceProcessor = None
 
 MODEL_FILE = "tokenizer.model"
 _PACKAGES = "sentencepiece protobuf"
 _REMEDY = "--tokenizer names another folder that has tokenizer.json"
 
-_UNIGRAM, _BPE = 1, 2  # trainer_spec.model_type
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # type of a piece
+_UNIGRAM, _BPE = 1, 2  # values of trainer_spec.model_type
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of a piece's type
 _NUM_SHUFFLED = 20
 _PROBE = [
     "a",
@@ -64,10 +64,10 @@ _SPACE_FIRST = [" a", "  indented", "    return x", " ", "     "]
 
 
 def convert_model(folder: Path) -> Converted:
-    """The tokenizer of a folder's tokenizer.model.
+    """The tokenizer for a folder's tokenizer.model.
 
-    Raises CheckpointError with the remedy: a package is missing, the file is not SentencePiece's,
-    or the probe gives other ids.
+    Raises CheckpointError naming a remedy if a package is missing, the file is not a SentencePiece
+    model, or the converted tokenizer gives other ids for any text of the probe.
     """
     path = folder / MODEL_FILE
     if SentencePieceProcessor is None:
@@ -87,7 +87,7 @@ def _convert(folder: Path, path: Path) -> Converted:
         model.ParseFromString(read_bytes(path) or b"")
         model.normalizer_spec.add_dummy_prefix &= prefix != "never"
         processor = SentencePieceProcessor(model_proto=model.SerializeToString())
-    except Exception as error:  # protobuf and sentencepiece have errors of their own
+    except Exception as error:  # they raise exceptions of many types
         raise CheckpointError(f"{path}: not a SentencePiece model; {_REMEDY}") from error
     trainer = model.trainer_spec
     if trainer.model_type not in (_UNIGRAM, _BPE) or trainer.treat_whitespace_as_suffix:
@@ -103,7 +103,11 @@ def _convert(folder: Path, path: Path) -> Converted:
 
 
 def _tokenizer(model: Any, prefix: str) -> tokenizers.Tokenizer:
-    """Where the prefix is "first", no space goes before a text that begins with one."""
+    """The tokenizer for a SentencePiece model.
+
+    prefix  where a space is added, as in `prefix_of`. With "first", none is added to a text that
+            begins with a space.
+    """
     normal = model.normalizer_spec
     own = [piece.piece for piece in model.pieces if piece.type == _USER_DEFINED]
     make = _bpe if model.trainer_spec.model_type == _BPE else _unigram
@@ -116,14 +120,14 @@ def _tokenizer(model: Any, prefix: str) -> tokenizers.Tokenizer:
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     if normal.escape_whitespaces:
         steps.append(normalizers.Replace(" ", "▁"))
-    # Metaspace adds none where the text begins with one.
+    # Metaspace adds no prefix to a text that begins with "▁", so one is added here.
     if normal.add_dummy_prefix and prefix == "always":
         steps.append(normalizers.Replace(Regex(r"\A▁"), "▁▁"))
     backend.normalizer = normalizers.Sequence(steps)
     words: list[pre_tokenizers.PreTokenizer] = []
     if normal.add_dummy_prefix:
         words.append(pre_tokenizers.Metaspace("▁", prepend_scheme=prefix, split=False))
-    if own:  # never parts of longer pieces
+    if own:  # user-defined pieces are never parts of longer ones
         pattern = "|".join(re.escape(piece) for piece in sorted(own, key=len, reverse=True))
         words.append(pre_tokenizers.Split(Regex(pattern), "isolated"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(words)
@@ -168,7 +172,9 @@ def _unigram(model: Any) -> models.Unigram:
 def _hold_against(
     processor: Any, backend: tokenizers.Tokenizer, model: Any, path: Path, probe: list[str]
 ) -> None:
-    """Refuse a conversion that gives other ids than SentencePiece on any text of the probe."""
+    """Raise CheckpointError if the converted tokenizer gives other ids than SentencePiece for any
+    text of `probe`, or for texts made of the model's own pieces.
+    """
     rng = random.Random(0)
     pieces = [piece.piece.replace("▁", " ") for piece in model.pieces if piece.type == _NORMAL]
     own = [piece.piece.replace("▁", " ") for piece in model.pieces if piece.type == _USER_DEFINED]

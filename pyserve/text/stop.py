@@ -1,9 +1,9 @@
-"""Stop strings over a stream of text.
+"""Stop strings in a stream of text.
 
-The match that ends first wins, as if the text came character by character; of those that end
-there, the one that starts first, then the one listed first. So the result does not depend on how
-the text was cut. Held back is the longest end of the text that is the beginning of a stop string,
-no more. An Aho-Corasick automaton (1975) makes the work linear in the text, whatever the strings.
+The match that ends first wins, as if the text came character by character. Of several that end at
+the same place, the one that starts first wins. So the result does not depend on how the text was
+cut. Only the longest end of the text that is the beginning of a stop string is held back. An
+Aho-Corasick automaton (1975) takes time linear in the length of the text, whatever the strings are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ class StopChecker:
     __slots__ = ("_automaton", "_include", "_state", "_held", "_matched")
 
     def __init__(self, stop: Sequence[str], is_stop_kept: bool) -> None:
-        """`stop` holds no empty string. A character of it takes about 300 bytes."""
+        """A checker for these stop strings, none of them empty. One character of them takes about
+        300 bytes of memory.
+
+        is_stop_kept  whether the text includes the stop string that ends it.
+        """
         assert all(stop), "an empty stop string"
         self._automaton = _automaton(tuple(stop))
         self._include = is_stop_kept
@@ -30,13 +34,14 @@ class StopChecker:
         self._matched = False
 
     def copy(self) -> StopChecker:
-        """A checker for another text that begins as this one."""
+        """A checker for another text that has the same beginning."""
         return copy.copy(self)
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """The text that is settled, and the stop string that ends it; None: the text goes on.
+        """The text that can be delivered, and the stop string that ends it; None if the text goes
+        on.
 
-        Not to be called after a stop string.
+        Must not be called again after a stop string.
         """
         assert not self._matched, "text after a stop string"
         automaton = self._automaton
@@ -55,16 +60,18 @@ class StopChecker:
         return whole[:num_settled], None
 
     def flush(self) -> str:
-        """What is held back, when the stream has ended without a stop string."""
+        """The text that was held back, when the stream has ended without a stop string."""
         held, self._held, self._state = self._held, "", 0
         return held
 
 
 class _Automaton:
-    """State 0 is the root; a state stands for a beginning of a stop string, `depth` is its length.
+    """State 0 is the root. Each state stands for a beginning of a stop string.
 
-    `fail` is the longest proper end of it that is a state, `found` the longest stop string that it
-    ends with.
+    next   character -> next state.
+    depth  length of that beginning.
+    found  the longest stop string that the beginning ends with; None if there is none.
+    fail   the state of its longest proper suffix that is a state.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
@@ -87,10 +94,12 @@ class _Automaton:
         self._first = re.compile(f"[{first}]" if first else "(?!)").search
 
     def run(self, state: int, text: str) -> tuple[int, int, str | None]:
-        """Follow `text`: (state, 0, None), or at a stop string (0, position after it, string)."""
+        """Follow `text`. Returns (state, 0, None), or at a stop string (0, position after it,
+        string).
+        """
         position = 0
         while position < len(text):
-            if state == 0:  # skip to where a stop string can begin
+            if state == 0:  # skip to the next character that begins a stop string
                 match = self._first(text, position)
                 if match is None:
                     return 0, 0, None
@@ -108,7 +117,7 @@ class _Automaton:
         return self.next[state].get(char, 0)
 
     def _link(self) -> None:
-        """Fill `fail`, breadth first: a state's fail is shorter, so it is ready before."""
+        """Fill `fail` breadth first, so that the shorter states which it points to are ready."""
         queue = deque(self.next[0].values())
         while queue:
             state = queue.popleft()
@@ -121,5 +130,5 @@ class _Automaton:
 
 @lru_cache(maxsize=1)
 def _automaton(stop: tuple[str, ...]) -> _Automaton:
-    """The choices of one request share theirs."""
+    """The automaton, cached so that all choices of one request share it."""
     return _Automaton(stop)

@@ -1,7 +1,7 @@
-"""The filters and tests that chat templates get: jinja's, measured (template_limits.py).
+"""The filters and tests of chat templates: jinja's own, with their cost measured.
 
-Where jinja's filters would make their items one by one, as they are asked for, these make a list at
-once, so that it can be weighed. Filters for web pages, which no chat needs, are left out: urlize,
+Where a filter of jinja returns a generator, these return a list, so that it can be weighed
+(template_limits.py). Filters for web pages, which no chat template needs, are left out: urlize,
 wordwrap, wordcount, striptags, xmlattr, pprint, filesizeformat.
 """
 
@@ -22,10 +22,10 @@ from pyserve.text.template_limits import ELEMENT, TemplateLimitError, active
 Filter = Callable[..., Any]
 
 MAX_PRECISION = 100
-LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # of str.splitlines
+LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # where str.splitlines breaks lines
 MAX_TITLE_CHARS = 2**20
 MAX_NUMBER_CHARS = 2**16
-# Called by what instrument() puts into templates; no template can spell these names.
+# Names of the filters that template_source.py inserts; no template can spell a name with a space.
 TICK, EMIT, MADE, CONCAT = "pyserve tick", "pyserve emit", "pyserve made", "pyserve concat"
 TAKE, KEY = "pyserve take", "pyserve key"
 
@@ -35,18 +35,19 @@ _NAMES = (
     "selectattr sort string unique upper urlencode"
 ).split()
 
-# Filters that go through what they get item by item, and those that take long beyond ASCII.
+# Filters that walk through their input item by item, and filters that are slow for non-ASCII text.
 _BY_ITEM = frozenset(
     "batch dictsort groupby map max min random reject rejectattr select selectattr slice sort "
     "unique".split()
 )
 _BY_CHARACTER = frozenset("capitalize lower title upper urlencode".split())
 _SORTING = frozenset("dictsort groupby sort".split())
-_NUMBERS = frozenset("float int".split())  # of a text; those of many digits are not taken anyway
+# Convert texts, of which too many digits are not accepted anyway.
+_NUMBERS = frozenset("float int".split())
 
 
 def make_filters() -> dict[str, Filter]:
-    """Name -> filter, for Environment.filters. They work only while a Meter is active."""
+    """Filter name -> filter, for Environment.filters. They work only while a Meter is active."""
     filters = {name: _measured(name, FILTERS[name]) for name in _NAMES}
     for name, check in _CHECKS.items():
         filters[name] = _measured(name, FILTERS[name], check)
@@ -57,7 +58,7 @@ def make_filters() -> dict[str, Filter]:
 
 
 def make_tests() -> dict[str, Filter]:
-    """Name -> test, for Environment.tests."""
+    """Test name -> test, for Environment.tests."""
     tests: dict[str, Any] = {**TESTS}
     return {name: _ticking(test) for name, test in tests.items()}
 
@@ -72,9 +73,10 @@ def _ticking(function: Filter) -> Filter:
 
 
 def _measured(name: str, function: Filter, check: Filter | None = None) -> Filter:
-    num_before = int(hasattr(function, "jinja_pass_arg"))  # the environment, or the context
+    # Jinja passes the environment or the context first.
+    num_before = int(hasattr(function, "jinja_pass_arg"))
 
-    @functools.wraps(function)  # jinja's marks, such as pass_environment, come along
+    @functools.wraps(function)  # copies jinja's marks, such as pass_environment
     def measured(*args: Any, **kwargs: Any) -> Any:
         meter = active()
         meter.tick()
@@ -194,7 +196,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON: jinja's own filter escapes HTML."""
+    """Plain JSON, unlike jinja's own filter, which escapes HTML."""
     meter = active()
     meter.weigh(value)
     if ensure_ascii:
@@ -206,7 +208,7 @@ def _tojson(
         ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
     if indent is None and separators is None:
-        return encoder.encode(value)  # as large as `value`; in C
+        return encoder.encode(value)  # in C; the result is as large as `value`
     pieces = []
     num_chars = 0
     for piece in encoder.iterencode(value):

@@ -1,14 +1,14 @@
-"""What a chat template may cost: time, and the size of everything it makes.
+"""The limits of a chat template: its time, and the size of everything that it makes.
 
-A template is code of strangers that runs on a thread, and a thread cannot be killed. So its own
-loops, calls, filters and operators report here (template_source.py puts the reports in) and are
-stopped from within; and whatever makes a value in one step of C, where nothing can stop it, is
-measured before it is made.
+A template is untrusted code that runs on a thread, and a thread cannot be killed. So its loops,
+calls, filters and operators report to a Meter here (template_source.py inserts the reports), which
+stops the template from within by raising. A single call of C code cannot be stopped at all, so the
+value that it would make is measured before it is made.
 
-The weight of a value is what printing it would cost, in characters. An element of a list or dict
-counts as ELEMENT characters besides its own weight; a list that holds another one twice counts it
-twice. No value's weight exceeds `limit`, so no single step takes longer than a fraction of a
-second.
+The weight of a value is its length if it were printed, in characters. Each element of a list or
+dict adds ELEMENT characters to its own weight; a list that holds another list twice counts it
+twice. No value may weigh more than `limit`, so no single operation takes longer than a fraction of
+a second.
 """
 
 from __future__ import annotations
@@ -22,29 +22,30 @@ from itertools import islice
 from typing import Any
 
 MAX_RENDER_S = 5.0
-MAX_CHARS = 2**23  # of one value, or twice what the request holds
-MAX_OUTPUTS = 4  # times that: what all outputs are together, those of macros included
-MAX_MADE = 2**28  # of all values ever made, or
-MADE_OF_DATA = 32  # times what the request holds
+MAX_CHARS = 2**23  # weight of one value; twice the weight of the request's data, if that is more
+MAX_OUTPUTS = 4  # all output together, macros included, in multiples of that weight
+MAX_MADE = 2**28  # size of all values that are made; MADE_OF_DATA times the data, if that is more
+MADE_OF_DATA = 32
 MAX_DEPTH = 100
 MAX_INT_BITS = 4096
-MAX_SET_CHARS = 256  # that strip() looks for at each character
-MAX_SEARCH = 2**28  # of a text, times the characters that are looked for from its end
-MAX_CASE_CHARS = 2**21  # of a text beyond ASCII that changes its case, or is encoded
-MAX_ESCAPED = 2**20  # of what is written so that each character may become ten
-MAX_SORTED = 2**15  # items
-MAX_SORTED_CHARS = 2**21  # of items that hold others, which takes longer
-MAX_KEY = 2**61 - 1  # of numbers as keys: multiples of it all have one hash
+MAX_SET_CHARS = 256  # characters that strip() compares each character with
+MAX_SEARCH = 2**28  # length of a text times that of a text searched for from its end
+MAX_CASE_CHARS = 2**21  # non-ASCII text that changes its case or is URL-encoded
+MAX_ESCAPED = 2**20  # text that is escaped: each character may become ten
+MAX_SORTED = 2**15  # number of items to sort
+MAX_SORTED_CHARS = 2**21  # weight of what is sorted if it holds lists, which take longer to compare
+MAX_KEY = 2**61 - 1  # numbers as dict keys: its multiples all have the same hash
 MAX_FORMAT_CHARS = 2**16
-MAX_WIDTH = 10**5  # of padding, and of rows and columns
+MAX_WIDTH = 10**5  # padding, rows and columns
 ELEMENT = 32
-TICK = 256  # what a step of the template counts against the next look at the clock
+TICK = 256  # cost of one operation of the template, towards the next look at the clock
 CLOCK_EVERY = 16 * TICK
 MAX_KNOWN = 2**16
 
 _DIGITS = re.compile(r"\d+").findall
-# Each of these looks at a character once: with [^{}] in the last, ":" * 65536 took 15 s. A name in
-# parentheses may hold anything, an "a" behind it too.
+# Each of these looks at a character only once: with [^{}] in the last, ":" * 65536 took 15 s. The
+# first takes any "%(" for an escape, as a name in parentheses may hold anything and an "a" may
+# follow it.
 _PERCENT_ESCAPES = re.compile(r"%[-#0 +.\dhlL]*[ar(]").search
 _FORMAT_ESCAPES = re.compile(r"![ar]").search
 _NESTED_SPEC = re.compile(r":[^:{}]*\{").search
@@ -55,7 +56,7 @@ _SIZED = (*_CONTAINERS, *_VIEWS, range, str)
 _SEARCHES = frozenset("rfind rindex rpartition rsplit split".split())
 _CASES = frozenset("capitalize casefold lower swapcase title upper".split())
 
-# Methods that return no more than what they are called with, or can be measured first.
+# Methods whose result is no larger than their input, or can be measured before.
 STR_METHODS = frozenset(
     "capitalize casefold center count endswith expandtabs find format format_map index isalnum "
     "isalpha isascii isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle "
@@ -67,7 +68,7 @@ OTHER_METHODS = frozenset("bit_length copy count get index is_integer items keys
 
 
 class TemplateLimitError(Exception):
-    """The template costs more than it may. `is_time`: it was too slow, not too large."""
+    """A template has exceeded a limit. is_time: it took too long, rather than making too much."""
 
     def __init__(self, message: str, *, is_time: bool = False) -> None:
         super().__init__(message)
@@ -75,9 +76,11 @@ class TemplateLimitError(Exception):
 
 
 class Meter:
-    """What one rendering has cost so far; used by one thread.
+    """Counts the cost of one rendering, on one thread, and raises TemplateLimitError at a limit.
 
-    Its time runs from `began_s`, a time.monotonic(), or from now.
+    time_limit_s  seconds that the rendering may take.
+    data          what the template is rendered with; more data raises the limits.
+    began_s       the time.monotonic() at which the time begins; None: now.
     """
 
     def __init__(
@@ -99,7 +102,9 @@ class Meter:
         self._output_left = MAX_OUTPUTS * self.limit
 
     def tick(self, cost: int = TICK) -> None:
-        """A step of the template; raises where its time is over."""
+        """Count `cost` towards the next look at the clock. Raises TemplateLimitError once time is
+        over.
+        """
         self._unchecked += cost
         if self._unchecked >= CLOCK_EVERY:
             self._unchecked = 0
@@ -109,18 +114,18 @@ class Meter:
                 )
 
     def require(self, weight: int) -> None:
-        """Refuse to make a value of that weight."""
+        """Check that a value of this weight may be made. Raises TemplateLimitError."""
         if weight > self.limit:
             raise TemplateLimitError(f"makes a value of more than {self.limit} characters")
 
     def made(self, value: Any) -> Any:
-        """`value`, which the template has just made."""
+        """Count a value that the template has made, and return it. Raises TemplateLimitError."""
         self.weigh(value)
         size = 0
         if isinstance(value, str):
             size = len(value)
         elif isinstance(value, _CONTAINERS):
-            # A list of lists, as batch makes them, is more for Python's collector to go through.
+            # Lists of lists, such as `batch` makes, cost Python's garbage collector more.
             size = ELEMENT * (len(value) + 2 * sum(isinstance(x, _CONTAINERS) for x in value))
         self._made += size
         if self._made > self._made_limit:
@@ -129,19 +134,19 @@ class Meter:
         return value
 
     def output(self, value: Any) -> Any:
-        """`value`, which the template prints."""
+        """Count a value that the template prints, and return it. Raises TemplateLimitError."""
         self.emit(self.weigh(value))
         return value
 
     def emit(self, num_chars: int) -> None:
-        """So many characters are printed."""
+        """Count `num_chars` printed characters. Raises TemplateLimitError."""
         self._output_left -= num_chars
         if self._output_left < 0:
             raise TemplateLimitError(f"prints more than {MAX_OUTPUTS * self.limit} characters")
         self.tick(TICK + num_chars)
 
     def weigh(self, value: object, depth: int = 0) -> int:
-        """The weight of a value; raises where it is more than the limit."""
+        """The weight of a value. Raises TemplateLimitError if it exceeds the limit."""
         if isinstance(value, str):
             weight = len(value)
         elif isinstance(value, _CONTAINERS):
@@ -178,26 +183,28 @@ class Meter:
         return weight
 
     def take(self, iterable: Iterable[Any]) -> list[Any]:
-        """The items of an iterable, one that makes them as it goes too."""
+        """The items of an iterable, even a generator, as a list. Raises TemplateLimitError."""
         items = []
         for item in islice(iter(iterable), self.limit // ELEMENT + 1):
-            self.tick(ELEMENT)  # what makes them may take its time over each
+            self.tick(ELEMENT)  # a generator may take long for each item
             items.append(item)
         self.require(ELEMENT * len(items))
         return items
 
     def check_items(self, value: object) -> None:
-        """Before something goes through `value` item by item: a text's are its characters."""
+        """Before a filter walks through the items of `value`, which are characters if
+        it is a text.
+        """
         if isinstance(value, str):
             self.require(ELEMENT * len(value))
 
     def check_case(self, value: object) -> None:
-        """Before work that takes long for each character beyond ASCII."""
+        """Before an operation that is slow for non-ASCII characters."""
         if isinstance(value, str) and not value.isascii():
             self.check_length(value, MAX_CASE_CHARS)
 
     def check_sorted(self, value: object) -> None:
-        """Before `value` is sorted, which nothing stops between two comparisons."""
+        """Before `value` is sorted: nothing can stop a sort between two comparisons."""
         if isinstance(value, Iterator):
             raise TemplateLimitError("sorts what is not made yet")
         if not isinstance(value, _SIZED):
@@ -209,7 +216,7 @@ class Meter:
                 raise TemplateLimitError(f"sorts lists of more than {MAX_SORTED_CHARS} characters")
 
     def check_sorted_keys(self, value: object) -> None:
-        """Before the keys of every object in `value` are sorted."""
+        """Before the keys of all dicts in `value` are sorted."""
         self.tick(ELEMENT)
         if isinstance(value, dict):
             self._check_num_sorted(len(value))
@@ -222,15 +229,15 @@ class Meter:
             raise TemplateLimitError(f"sorts more than {MAX_SORTED} items")
 
     def check_escaped(self, value: object) -> None:
-        """Before `value` is written in ASCII alone, or as Python writes it."""
+        """Before `value` is written in ASCII, or as Python's repr writes it."""
         if self.weigh(value) > MAX_ESCAPED:
             raise TemplateLimitError(f"escapes more than {MAX_ESCAPED} characters")
 
     def check_key(self, key: object) -> None:
-        """Before a key of a dict: keys that all have one hash would cost a square.
+        """Before a value becomes a key of a dict: keys with equal hashes take quadratic time.
 
-        Texts have a hash that nobody can foresee. Of large numbers, complex ones and tuples anybody
-        can compute some that have the same.
+        Python randomises the hashes of texts. For large numbers, complex numbers and tuples anybody
+        can compute values with equal hashes, so these are refused.
         """
         self.tick(ELEMENT)
         if isinstance(key, int | float) and abs(key) >= MAX_KEY:
@@ -239,7 +246,7 @@ class Meter:
             raise TemplateLimitError(f"uses a {type(key).__name__} as a key")
 
     def take_pairs(self, source: Any) -> Any:
-        """What a dict is to be made of, as pairs whose keys have been checked."""
+        """The argument of dict(), with its pairs taken and their keys checked."""
         if isinstance(source, dict):
             return source
         pairs = [self.take(pair) for pair in self.take(source)]
@@ -248,7 +255,7 @@ class Meter:
         return pairs
 
     def check_binop(self, operator: str, left: Any, right: Any) -> None:
-        """Before `left operator right`."""
+        """Before `left operator right` is computed."""
         self.tick()
         if isinstance(left, int) and isinstance(right, int):
             self._check_numbers(operator, left, right)
@@ -261,18 +268,18 @@ class Meter:
         elif operator == "%" and isinstance(left, str):
             self.check_percent(left, right)
         elif operator == "-" and isinstance(left, _VIEWS) | isinstance(right, _VIEWS):
-            # On either side they make a set of what is on the left, as in check_key.
+            # With keys or items on either side, Python makes a set of the left side: see check_key.
             raise TemplateLimitError("subtracts with the keys or items of an object")
 
     def _check_numbers(self, operator: str, left: int, right: int) -> None:
-        bits = max(self.weigh(left), self.weigh(right))  # each is small enough by itself
+        bits = max(self.weigh(left), self.weigh(right))  # weigh refuses larger numbers by itself
         if operator == "**":
             bits = abs(left).bit_length() * max(right, 0)
         if bits > MAX_INT_BITS:
             raise TemplateLimitError(f"makes a number of more than {MAX_INT_BITS} bits")
 
     def check_percent(self, text: str, values: Any) -> None:
-        """Before `text % values`."""
+        """Before `text % values` is computed."""
         self.check_length(text, MAX_FORMAT_CHARS)
         if _PERCENT_ESCAPES(text):
             self.check_escaped(values)
@@ -281,7 +288,7 @@ class Meter:
         self._check_fields(text, text.count("%"), self.weigh(values))
 
     def check_format(self, text: str, values: list[Any]) -> None:
-        """Before `text.format(...)` of these values."""
+        """Before `text.format(...)` of these values is called."""
         self.check_length(text, MAX_FORMAT_CHARS)
         if _NESTED_SPEC(text):
             raise TemplateLimitError("takes a width from a value")
@@ -296,12 +303,12 @@ class Meter:
         self.require(len(text) + num_fields * heaviest + sum(map(int, widths)))
 
     def check_width(self, *widths: Any) -> None:
-        """Before padding to so many columns."""
+        """Before a value is padded to these widths, in columns."""
         if any(isinstance(width, int) and abs(width) > MAX_WIDTH for width in widths):
             raise TemplateLimitError(f"pads a value to more than {MAX_WIDTH} columns")
 
     def check_pieces(self, text: str, separator: object, most: object = -1) -> None:
-        """Before `text.split(separator, most)`; white space is not counted."""
+        """Before `text.split(separator, most)` is called; not for splits at white space."""
         if isinstance(separator, str) and separator:
             num_cuts = text.count(separator)
             if isinstance(most, int) and most >= 0:
@@ -309,12 +316,12 @@ class Meter:
             self.require(ELEMENT * (1 + num_cuts))
 
     def check_length(self, value: object, limit: int = MAX_SET_CHARS) -> None:
-        """Before work that goes through `value` more than once."""
+        """Before an operation that may go through `value` more than once."""
         if isinstance(value, str) and len(value) > limit:
             raise TemplateLimitError(f"uses a text of more than {limit} characters")
 
     def check_replace(self, text: str, old: object, new: object, count: object = None) -> None:
-        """Before `text.replace(old, new)`."""
+        """Before `text.replace(old, new, count)` is called."""
         if isinstance(old, str) and isinstance(new, str) and len(new) > len(old):
             num_found = text.count(old)
             if isinstance(count, int) and count >= 0:
@@ -322,7 +329,7 @@ class Meter:
             self.require(len(text) + num_found * (len(new) - len(old)))
 
     def check_join(self, separator: str, items: list[Any]) -> None:
-        """Before `separator.join(items)`."""
+        """Before `separator.join(items)` is called."""
         weight = len(separator) * len(items)
         for item in items:
             weight += self.weigh(item)
@@ -331,9 +338,11 @@ class Meter:
     def check_call(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, ...]:
-        """Before a call; returns the arguments to call it with. Raises where it must not be."""
+        """Before a call. Returns the arguments to use. Raises TemplateLimitError if it
+        is refused.
+        """
         self.tick()
-        method = getattr(function, "__wrapped__", function)  # the sandbox's own format
+        method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if isinstance(owner, str):
             if name not in STR_METHODS:
@@ -358,7 +367,7 @@ class Meter:
             self.check_width(size)
             self.require(len(text) + text.count("\t") * max(size, 0))
         elif name in _SEARCHES:
-            # From the end CPython compares at each place anew; from the beginning it does not.
+            # From the end, CPython may compare at each position anew; from the start it does not.
             needle = args[0] if args else kwargs.get("sep")
             is_far = isinstance(needle, str) and len(text) * len(needle) > MAX_SEARCH
             if is_far and name != "split":
@@ -381,7 +390,7 @@ _active = threading.local()
 
 @contextmanager
 def metering(meter: Meter) -> Iterator[None]:
-    """Let the templates that this thread renders report to `meter`."""
+    """Make the templates that this thread renders within the block report to `meter`."""
     before = getattr(_active, "meter", None)
     _active.meter = meter
     try:
@@ -391,6 +400,6 @@ def metering(meter: Meter) -> Iterator[None]:
 
 
 def active() -> Meter:
-    """The meter of the rendering that this thread does."""
+    """The meter of the rendering on this thread."""
     meter: Meter = _active.meter
     return meter

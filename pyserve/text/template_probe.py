@@ -1,9 +1,9 @@
-"""What a chat template expects of messages, found by rendering small conversations with it.
+"""What form of messages a chat template expects, found by rendering small conversations with it.
 
-A template's source does not tell: "for part in content" may go over the parts of a message, the
-messages of a conversation or the characters of a text, and content goes by other names. So a
-template renders marked texts in each form once, when it is loaded, and a form is usable where the
-marks come out as they were written.
+A template's source does not tell: "for part in content" may loop over the parts of a message, the
+messages of a conversation or the characters of a text, and the content may be in a variable of any
+name. So when a template is loaded, it renders marked texts in each form once. A form is usable if
+the marks come out unchanged.
 """
 
 from __future__ import annotations
@@ -18,27 +18,30 @@ import jinja2
 
 from pyserve.text.template_limits import Meter, TemplateLimitError, metering
 
-MAX_PROBE_S = 2.0  # for all probes of one template; those of real models take 10 to 100 ms
+# For all probes of one template; with templates of real models they take 10 to 100 ms.
+MAX_PROBE_S = 2.0
 
 Form = Literal["text", "parts"]
 Absent = Literal["null", "missing", "empty"]
 ReasoningPlace = Literal["field", "part"]
-# Messages that a template may not take where they stand: a system message at the start, and behind
-# others; one of a user behind another one, and behind the result of a call.
+# Positions of messages that a template may refuse: a system message at the start, one after other
+# messages, a user's message right after another one, and one right after a tool result.
 Place = Literal["system", "late system", "row", "user behind result"]
 Message = dict[str, Any]
 
 FORMS: tuple[Form, ...] = ("text", "parts")
-# None first: it is what clients send, and templates that tell it from "" write another turn for it.
+# None is tried first, because clients send it, and templates that distinguish it from "" write a
+# different turn for "".
 ABSENT: tuple[Absent, ...] = ("null", "missing", "empty")
 
-REASONING = ("reasoning_content", "reasoning", "thinking")  # clients and templates use any of them
+# Clients and templates use different names.
+REASONING = ("reasoning_content", "reasoning", "thinking")
 
 _FIRST, _SECOND = "qzfirst", "qzsecond"
 _KEY, _VALUE = "qzkey", "qzvalue"
 _NAME, _ROLE = "qzname", "qzrole"
-_CALL_ID = "qzcall001"  # Mistral's templates want nine letters or digits
-# A list or object that was printed as such, by Python or as JSON.
+_CALL_ID = "qzcall001"  # Mistral's templates accept only nine letters or digits
+# Find a content part, or arguments, that the template printed whole, as Python or JSON writes them.
 _PRINTED_PART = re.compile(rf"""text['"]\s*:\s*['"]{_FIRST}""").search
 _PRINTED_ARGUMENTS = re.compile(rf"""'{_KEY}'\s*:""").search
 _TOOL = {
@@ -57,19 +60,21 @@ _TOOL = {
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What a template expects of messages.
+    """What form of messages a template expects.
 
-    content_forms       role -> the forms of content that are shown. A role that is not here is
-                        treated as the user, and a user that is not here as one that takes text.
-    absent              what an assistant's content is where there is none: None, no key or "".
-    absent_with_calls   the same beside tool calls.
-    has_text_arguments  a tool call's arguments must be JSON text, not an object.
-    has_developer       the role developer has markup of its own.
+    content_forms       role -> the forms of content that the template shows. A role that is missing
+                        is treated like the user, and if the user is missing, its content is text.
+    absent              how to give an assistant's message without content: null, no key, or empty.
+    absent_with_calls   the same if the message has tool calls.
+    has_text_arguments  the arguments of a tool call must be JSON text instead of an object.
+    has_developer       the template has markup of its own for the role developer.
     named_roles         roles whose message.name is shown.
-    reasoning           where an assistant's thinking of earlier turns is looked for: in fields of
-                        the message or in parts of its content; None: it is not shown.
-    refused             what it raises at, or does not show.
-    dropped             of these what it does not show, and does not raise at either.
+    reasoning           where the template looks for the thinking of earlier turns: in fields of an
+                        assistant's message, or in parts of its content; None if it does not show
+                        it.
+    refused             positions of messages at which the template raises, or which it does not
+                        show.
+    dropped             those of `refused` that it silently leaves out.
     """
 
     content_forms: Mapping[str, tuple[Form, ...]]
@@ -87,7 +92,10 @@ class Traits:
 
 
 def probe(template: jinja2.Template, variables: Mapping[str, Any]) -> Traits:
-    """`variables`: what the template gets beside messages, such as bos_token. Never raises."""
+    """Find the traits of a template. Never raises.
+
+    variables  what the template gets beside messages, such as bos_token.
+    """
     return _Prober(template, variables).traits()
 
 
@@ -123,7 +131,7 @@ class _Prober:
         )
 
     def _render(self, messages: list[Message], *, has_tools: bool = False) -> str | None:
-        """The prompt; None where the template raises or costs too much."""
+        """The prompt; None if the template raises, or exceeds a limit."""
         if self._is_over:
             return None
         tools = [_TOOL] if has_tools else None
@@ -132,13 +140,13 @@ class _Prober:
             with metering(Meter(MAX_PROBE_S, data=data, began_s=self._began_s)):
                 return self._template.render(data, add_generation_prompt=True)
         except TemplateLimitError:
-            self._is_over = True  # each further probe would cost as much
+            self._is_over = True  # each further probe would take as long
             return None
         except Exception:  # a template is code: anything can come out of it
             return None
 
     def _say(self, role: str, text: str = "qztext", **fields: Any) -> Message:
-        """A message in a form that is usable as far as is known."""
+        """A message in the best form of content that is known so far for its role."""
         form = self._best_form(role)
         return {"role": role, "content": _content(form, [text]), **fields}
 
@@ -146,7 +154,7 @@ class _Prober:
         return Traits(self._forms).forms(role)[0]
 
     def _conversations(self, message: Message) -> list[list[Message]]:
-        """Conversations in which a message of its role may stand."""
+        """Conversations in which a template may accept this message, depending on its role."""
         role, user, answer = message["role"], self._say("user"), self._say("assistant")
         if role == "user":
             return [[message], [self._say("system"), message]]
@@ -165,7 +173,9 @@ class _Prober:
         return self._say("tool", tool_call_id=_CALL_ID, name="qztool")
 
     def _prompts(self, message: Message) -> Iterator[str | None]:
-        """Without tools and with some: a template may want either."""
+        """The prompts of all these conversations, without and with tools: a template may need
+        either.
+        """
         for has_tools in (False, True):
             for conversation in self._conversations(message):
                 yield self._render(conversation, has_tools=has_tools)
@@ -193,7 +203,9 @@ class _Prober:
         return False
 
     def _find_absent(self, fields: Message) -> Absent:
-        """The first that renders wherever another one does, and is not printed."""
+        """The first way of ABSENT that renders in every conversation in which any other way
+        renders, without "None" printed in the prompt.
+        """
         empty: Any = [] if self._best_form("assistant") == "parts" else ""
         messages: dict[Absent, Message] = {
             "null": _assistant(None, fields),
@@ -207,7 +219,7 @@ class _Prober:
         return "empty"
 
     def _knows_developer(self) -> bool:
-        """Whether it is written in another way than a role that nobody knows."""
+        """Whether the role developer is written differently from an unknown role."""
         roles = (self._prompts(self._say(role, _FIRST)) for role in ("developer", _ROLE, "system"))
         for known, other, system in zip(*roles, strict=True):
             other = (other or "").casefold().replace(_ROLE, "developer")
@@ -218,7 +230,9 @@ class _Prober:
         return False
 
     def _find_reasoning(self) -> ReasoningPlace | None:
-        """Many templates show only the thinking that led to a call, or that of the last turn."""
+        """Where thinking is shown. It is tried with and without a tool call, because many templates
+        show only the thinking that led to a call, or that of the last turn.
+        """
         in_fields = self._say("assistant", **dict.fromkeys(REASONING, _SECOND))
         as_part = {**in_fields, "content": [thinking_part(_SECOND), *_content("parts", [_FIRST])]}
         ways: tuple[tuple[ReasoningPlace, Message, tuple[str, ...]], ...] = (
@@ -232,7 +246,7 @@ class _Prober:
         return None
 
     def _find_refused(self) -> tuple[frozenset[Place], frozenset[Place]]:
-        """What the template refuses, and what of that it drops without a word."""
+        """The positions that the template refuses, and those of them that it silently drops."""
         refused: set[Place] = set()
         dropped: set[Place] = set()
         user, answer = self._say("user"), self._say("assistant")
@@ -259,7 +273,7 @@ class _Prober:
         return frozenset(refused), frozenset(dropped)
 
     def _shows_all(self, messages: list[Message]) -> bool:
-        """Whether every mark in a conversation is shown, as most templates do."""
+        """Whether the template shows every mark in a conversation, as most templates do."""
         num_marks = sum(_FIRST in str(message["content"]) for message in messages)
         prompt = self._render(messages)
         return _shows(prompt, _FIRST) and (prompt or "").casefold().count(_FIRST) >= num_marks
@@ -270,7 +284,7 @@ class _Prober:
 
 
 def thinking_part(text: str) -> Message:
-    """A part of an assistant's content, as the templates of Mistral have it."""
+    """A content part with an assistant's thinking, in the form that Mistral's templates read."""
     return {"type": "thinking", "thinking": text}
 
 
@@ -290,13 +304,15 @@ def _assistant(content: Any, fields: Message) -> Message:
 
 
 def _shows(prompt: str | None, *marks: str) -> bool:
-    """Whether all marks are there as written; some templates write everything in capitals."""
+    """Whether all marks are in the prompt as text. Letter case is ignored, because some templates
+    write everything in capitals.
+    """
     text = (prompt or "").casefold()
     return all(mark in text for mark in marks) and not _PRINTED_PART(text)
 
 
 def _is_rendered(prompts: list[str | None], others: Iterable[list[str | None]]) -> bool:
-    """Whether these are all there and free of "None", as far as one of the others is."""
+    """Whether there is a prompt wherever one of the others has one, with no more "None" in it."""
     for prompt, *alternatives in zip(prompts, *others, strict=True):
         fewest = min((a.count("None") for a in alternatives if a is not None), default=None)
         if fewest is not None and (prompt is None or prompt.count("None") > fewest):

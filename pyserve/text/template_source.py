@@ -1,8 +1,8 @@
 """A chat template's source -> a compiled template in a sandbox.
 
-A template comes with the model, so it is code of strangers: it runs in jinja2's immutable sandbox,
-with the filters and globals that Hugging Face's environment offers and nothing else, and reports
-each of its steps to a Meter (template_limits.py), which stops it when it costs too much.
+A template comes with the model, so it is untrusted code. It runs in jinja2's immutable sandbox,
+with only the filters and globals that Hugging Face's environment offers. Each of its operations
+reports to a Meter (template_limits.py), which stops the template when it exceeds a limit.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from pyserve.text.template_filters import (
 from pyserve.text.template_limits import Meter, TemplateLimitError, active, metering
 
 MAX_SOURCE_CHARS = 2**20
-MAX_CODE_CHARS = 2**18  # Python compiles them in 70 ms, in which no other thread runs
-LOOKUP = 32  # against the clock
+MAX_CODE_CHARS = 2**18  # Python compiles so much in 70 ms, with the interpreter's lock held
+LOOKUP = 32  # cost of one lookup, towards the next look at the clock
 MAX_DATE_FORMAT_CHARS = 1000
 GLOBALS = frozenset(
     {"range", "cycler", "joiner", "dict", "namespace", "raise_exception", "strftime_now"}
@@ -44,13 +44,14 @@ GLOBALS = frozenset(
 
 
 class TemplateRefusal(jinja2.TemplateError):
-    """Raised by a template's own call of raise_exception; its message is for the client."""
+    """Raised when a template calls raise_exception; its message is meant for the client."""
 
 
 def compile_template(source: str, name: str) -> tuple[jinja2.Template, frozenset[str]]:
-    """The template, and the names of the variables that it looks at.
+    """The compiled template, and the names of the variables that it reads.
 
-    `name` says in errors where the source is from. Raises CheckpointError on bad syntax.
+    `name` tells in errors where the source comes from. Raises CheckpointError if the source is too
+    large, or not a valid template.
     """
     if len(source) > MAX_SOURCE_CHARS:
         raise CheckpointError(
@@ -60,7 +61,8 @@ def compile_template(source: str, name: str) -> tuple[jinja2.Template, frozenset
     environment = _environment()
     try:
         tree = _Instrument().visit(environment.parse(source))
-        # This computes what is constant, and what reports to a Meter is not: there is none yet.
+        # find_undeclared_variables evaluates constant expressions. Whatever reports to a Meter
+        # fails there, and so does not count as constant: there is no Meter yet.
         variables = frozenset(meta.find_undeclared_variables(tree))
         with metering(Meter()):
             code = environment.compile(tree.set_environment(environment), raw=True)
@@ -75,14 +77,14 @@ def compile_template(source: str, name: str) -> tuple[jinja2.Template, frozenset
         raise CheckpointError(
             f"{name}: not a valid chat template: {error.message} (line {error.lineno})"
         ) from error
-    except (RecursionError, MemoryError, SyntaxError) as error:  # the last two are of Python's
+    except (RecursionError, MemoryError, SyntaxError) as error:  # the last two by Python's compile
         raise CheckpointError(f"{name}: the chat template is nested too deeply") from error
-    except (ValueError, TemplateLimitError) as error:  # a number of too many digits
+    except (ValueError, TemplateLimitError) as error:  # a constant is too large
         raise CheckpointError(f"{name}: not a valid chat template: {error}") from error
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, with every call and operator measured."""
+    """The sandbox, with every operator, lookup and call measured."""
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
@@ -92,7 +94,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return meter.made(super().call_binop(context, operator, left, right))
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        active().tick(LOOKUP)  # filters look attributes up by themselves, of each item
+        active().tick(LOOKUP)  # filters look up attributes of each item without any other report
         return super().getitem(obj, argument)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
@@ -102,7 +104,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _Instrument(NodeTransformer):
-    """Puts a report to the Meter into every step of a template that jinja would not report."""
+    """Inserts a report to the Meter into each operation that _Environment does not measure."""
 
     def visit_Output(self, node: nodes.Output) -> list[nodes.Node]:
         self.generic_visit(node)
@@ -135,7 +137,7 @@ class _Instrument(NodeTransformer):
 
     def visit_Call(self, node: Any) -> nodes.Node:
         self.generic_visit(node)
-        if node.dyn_args is not None:  # Python makes a tuple of them before anything is called
+        if node.dyn_args is not None:  # Python turns them into a tuple before the call
             node.dyn_args = _filter(TAKE, node.dyn_args, node)
         return cast(nodes.Node, node)
 
@@ -160,7 +162,7 @@ def _filter(name: str, value: nodes.Node, place: nodes.Node, *args: nodes.Node) 
     return nodes.Filter(value, name, list(args), [], None, None, lineno=place.lineno)
 
 
-@pass_context  # also keeps jinja from computing constants before there is a Meter
+@pass_context  # also keeps jinja from evaluating printed constants when there is no Meter
 def _finalize(context: Context, value: Any) -> Any:
     return active().output(value)
 
@@ -177,7 +179,7 @@ def _environment() -> _Environment:
     environment.filters = make_filters()
     environment.tests.update(make_tests())
     environment.globals = {
-        "range": environment.globals["range"],  # the sandbox's, of limited length
+        "range": environment.globals["range"],  # the sandbox's own, which limits its length
         "cycler": environment.globals["cycler"],
         "joiner": environment.globals["joiner"],
         "dict": _make_dict,
@@ -190,7 +192,9 @@ def _environment() -> _Environment:
 
 
 class _GenerationTag(Extension):
-    """{% generation %}...{% endgeneration %} marks assistant text for training; here just text."""
+    """{% generation %}...{% endgeneration %} marks text for training; the text is
+    printed as it is.
+    """
 
     tags = {"generation"}
 
@@ -201,7 +205,7 @@ class _GenerationTag(Extension):
 
 
 class _SafeNamespace(Namespace):
-    """Jinja's namespace without names that Python itself reads, such as __class__."""
+    """Jinja's namespace, but refusing names that Python itself uses, such as __class__."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: N805  (self may be a keyword)
         for name in _make_dict(*args[1:], **kwargs):
@@ -213,7 +217,7 @@ class _SafeNamespace(Namespace):
         super().__setitem__(name, value)
 
     def __repr__(self) -> str:
-        return "<Namespace>"  # what it holds is not weighed, as it changes
+        return "<Namespace>"  # its values change, so they cannot be weighed
 
 
 def _refuse_underscore(name: object) -> None:

@@ -1,4 +1,4 @@
-"""thinking_token_budget: an end to thinking that takes too many tokens."""
+"""thinking_token_budget: ends the thinking of an answer after a number of tokens."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pyserve.text.detokenizer import Detokenizer
 from pyserve.text.parts import Content
 from pyserve.text.reasoning import ReasoningStage
 
-if TYPE_CHECKING:  # as in client.py
+if TYPE_CHECKING:  # NumPy is needed for types only, as in client.py
     import numpy as np
     from numpy.typing import NDArray
 
 
 class ThinkingBudget:
-    """Implements client.Constraint: behind so many tokens of thinking only what closes it, or the
-    rest of that where it has begun by itself.
+    """Implements client.Constraint: once the thinking has used up its budget, only its closing
+    marker is allowed, or the rest of the marker if the model has begun to write it.
 
-    budget       tokens between the markers of the thinking.
-    make_stage   what tells the thinking of an answer from the rest.
-    detokenizer  of the answer's text, markers shown; it is copied.
-    end_ids      the tokens of the closing marker.
+    budget       tokens of thinking between the markers.
+    make_stage   makes the stage that tells thinking from the rest of the answer.
+    detokenizer  for the answer's text, with markers shown; it is copied, not changed.
+    end_ids      token ids of the closing marker.
     """
 
     is_finished = is_end_void = False
@@ -63,15 +63,15 @@ class ThinkingBudget:
     def _start(self) -> None:
         self._stage = self._make_stage()
         self._detokenizer = self._first_detokenizer.copy()
-        self._num_tokens = 0  # of the thinking
-        self._num_end_ids = 0  # of the closing marker, that have come last
-        self._has_closed = False  # by force
+        self._num_tokens = 0  # tokens of thinking so far
+        self._num_end_ids = 0  # tokens of the closing marker that the output ends with
+        self._has_closed = False  # the closing marker was forced
 
     @property
     def _is_spent(self) -> bool:
         stage = self._stage
         is_thinking = stage.has_begun and not stage.is_over
-        # A marker that is whole and does not count as one would be forced again and again.
+        # The stage may not recognise the forced marker, which must not be forced over and over.
         return is_thinking and self._num_tokens >= self._budget and not self._has_closed
 
     def _read(self, token_ids: Sequence[int]) -> None:

@@ -1,10 +1,11 @@
 """A model's tokenizer: text -> token ids and back, its special tokens, its generation defaults.
 
-Thread-safe after construction: the backend is not changed any more, and encoding leaves the GIL.
+Thread-safe after construction: the backend does not change any more, and encoding releases the
+interpreter's lock.
 
-Special tokens written as text: a plain prompt is parsed as the reference does, "<s>" becomes the
-token, which is what prompts written by hand and fill-in-the-middle need. In a chat only the
-template may write them; what users wrote stays text (guard.py).
+In a plain prompt, special tokens that are spelled out are parsed, as the reference implementation
+does: "<s>" becomes the token. Prompts written by hand and fill-in-the-middle need this. In a chat
+only the template may write special tokens, and those in a user's text stay text (guard.py).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from pyserve.text.tokenizer_files import (
 )
 from pyserve.text.tokenizer_json import TOKENIZER_FILE, place_of, read_backend, try_out
 
-PIECE_TOKENS = 2**16  # decoded at once: a few milliseconds
+PIECE_TOKENS = 2**16  # decoded at a time, which takes a few milliseconds
 NO_LIMIT = 2**62
 
 _SURROGATE = re.compile("[\ud800-\udfff]").search
@@ -46,10 +47,11 @@ _SURROGATE = re.compile("[\ud800-\udfff]").search
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """A tokenizer that was made of other files than tokenizer.json.
+    """A tokenizer that was made from other files than tokenizer.json.
 
     source            the file that its vocabulary comes from.
-    names             special tokens that this file itself names, "bos_token" and so on.
+    names             special tokens that this file itself names: "bos_token" and so on -> its
+                      string.
     is_sentencepiece  whether that file is a SentencePiece model.
     """
 
@@ -60,15 +62,17 @@ class Converted:
 
 
 class Tokenizer:
-    """What a folder's tokenizer files say.
+    """The tokenizer that the files of a folder describe.
 
-    folder             where they are.
-    config             tokenizer_config.json; {} where there is none.
-    special_tokens     "bos_token" and so on -> its string; what chat templates call it by.
+    folder             the folder of these files.
+    config             tokenizer_config.json; {} if there is none.
+    special_tokens     name of a special token, such as "bos_token" -> its string; chat templates
+                       use these names.
     special_token_ids  ids that skip_special_tokens leaves out of a text.
-    control_tokens     their strings.
-    eos_token_id       the model's primary EOS, None where the folder names none.
-    vocab_size         ids are in [0, vocab_size), those of added tokens too; not all need be used.
+    control_tokens     strings of these special tokens.
+    eos_token_id       the model's primary EOS token; None if the folder names none.
+    vocab_size         all ids, those of added tokens too, are in [0, vocab_size); not all of them
+                       need have a token.
     """
 
     def __init__(
@@ -99,9 +103,9 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path, *, converted: Converted | None = None) -> Tokenizer:
-        """Read tokenizer.json and its companions; `converted` stands for tokenizer.json.
+        """Read tokenizer.json and the files beside it. `converted` replaces tokenizer.json.
 
-        Raises CheckpointError naming the file that is missing or wrong, or two that disagree.
+        Raises CheckpointError naming the file that is missing or wrong, or two files that disagree.
         """
         with guarded(f"{folder}: the tokenizer's files"):
             return cls._from_folder(folder, converted)
@@ -115,7 +119,7 @@ class Tokenizer:
         else:
             backend = converted.backend
             is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
-        backend.no_truncation()  # both are leftovers of training in some folders
+        backend.no_truncation()  # some folders have truncation and padding left over from training
         backend.no_padding()
         try_out(backend, folder / (converted.source if converted else TOKENIZER_FILE))
         found = None
@@ -156,14 +160,16 @@ class Tokenizer:
         param: str = "prompt",
         max_tokens: int | None = None,
     ) -> list[int]:
-        """Token ids of a text. Special tokens in it are parsed.
+        """Token ids of a text. Special tokens spelled in it are parsed.
 
-        add_special_tokens  put the model's BOS (or what it wants) around the text.
-        param               the request field named in the error.
-        max_tokens          the most there may be. Making the list holds the interpreter's lock, 20
-                            ms for a million ids; finding out how many there are does not.
+        add_special_tokens  add the tokens that the model's post-processor puts around a text, such
+                            as BOS.
+        param               the request field that errors name.
+        max_tokens          maximum number of tokens. It is checked before the list of ids is made,
+                            which holds the interpreter's lock, 20 ms for a million ids; counting
+                            them does not.
 
-        Raises InvalidRequestError where the text is not Unicode, has no tokens in this model or
+        Raises InvalidRequestError if the text is not Unicode, has no tokens in this model or has
         more than `max_tokens`.
         """
         encoding = self._encoding(text, add_special_tokens, param)
@@ -175,11 +181,13 @@ class Tokenizer:
         return ids
 
     def count(self, text: str, *, param: str = "prompt") -> int:
-        """How many tokens `encode` finds, without those that it may put around them."""
+        """Number of tokens that `encode` returns without special tokens around the text. Raises
+        InvalidRequestError.
+        """
         return len(self._encoding(text, False, param))
 
     def _encoding(self, text: str, add_special_tokens: bool, param: str) -> tokenizers.Encoding:
-        try:  # the batch form, of one text, keeps no offsets: half the time of `encode`
+        try:  # a batch of one text keeps no offsets, which takes half the time of `encode`
             return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         except Exception as error:
             if match := _SURROGATE(text):
@@ -191,7 +199,7 @@ class Tokenizer:
             raise InvalidRequestError(
                 f"{param} holds text that this model's tokenizer has no tokens for", param
             ) from error
-        except BaseException as error:  # a bug in the library must cost one request, no more
+        except BaseException as error:  # a panic of the library must fail this request alone
             if is_panic(error):
                 raise RuntimeError("the tokenizer has panicked") from error
             raise
@@ -199,14 +207,15 @@ class Tokenizer:
     def encode_chat(
         self, prompt: str, *, add_special_tokens: bool = False, max_tokens: int = NO_LIMIT
     ) -> list[int]:
-        """Token ids of what ChatTemplate.render returned.
+        """Token ids of a prompt from ChatTemplate.render.
 
-        add_special_tokens  put BOS and so on around it, also where the template wrote them.
-        max_tokens          beyond it some tokens may be left out. A special token that is spelled
-                            out makes several tokens, so that a short text can make many.
+        add_special_tokens  add BOS and so on around it, even if the template wrote them as well.
+        max_tokens          encoding stops once there are more tokens than this, and the result is
+                            incomplete. A special token that is spelled out makes several tokens, so
+                            a short text can make many.
 
         Where a user's text spells a special token, the prompt is cut within it, so that it is
-        encoded as the text it is. A plain str has no such cuts.
+        encoded as text. A plain str has no such cuts. Raises InvalidRequestError.
         """
         breaks = prompt.breaks if isinstance(prompt, ChatPrompt) else ()
         if not breaks:
@@ -223,21 +232,23 @@ class Tokenizer:
         return [*before, *ids, *behind]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """The text of a list of ids. Ids without a token, as of a padded vocabulary, are empty."""
+        """The text of a list of ids. Ids without a token, such as those that pad a vocabulary, are
+        skipped.
+        """
         detokenizer = Detokenizer(self, skip_special_tokens=skip_special_tokens)
-        texts = [  # in pieces, so that other threads get their turn
+        texts = [  # in pieces, so that other threads can run in between
             detokenizer.push(ids[start : start + PIECE_TOKENS])
             for start in range(0, len(ids), PIECE_TOKENS)
         ]
         return "".join(texts) + detokenizer.flush()
 
     def token_to_id(self, token: str) -> int | None:
-        """Id of a token by its exact string."""
+        """The id of a token with exactly this string; None if there is none."""
         token_id: int | None = self._backend.token_to_id(token)
         return token_id
 
     def ids_of(self, tokens: Sequence[str]) -> tuple[int, ...]:
-        """Ids of tokens that must be there. Raises ConfigError."""
+        """Ids of tokens that the model must have. Raises ConfigError if it lacks one."""
         found = {token: self.token_to_id(token) for token in tokens}
         for token, token_id in found.items():
             if token_id is None:
@@ -248,14 +259,14 @@ class Tokenizer:
         return tuple(id_ for id_ in found.values() if id_ is not None)
 
     def id_to_token(self, token_id: int) -> str | None:
-        """A token's string as in the vocabulary ("Ġthe", "▁the"); None where there is none."""
+        """A token's string as in the vocabulary ("Ġthe", "▁the"); None if the id has no token."""
         if not 0 <= token_id < 2**32:
             return None
         token: str | None = self._backend.id_to_token(token_id)
         return token
 
     def surroundings(self) -> tuple[list[int], list[int]]:
-        """What add_special_tokens puts before and behind a text."""
+        """Ids of the tokens that add_special_tokens puts before and after a text."""
         inner = self.encode("a", add_special_tokens=False)
         outer = self.encode("a", add_special_tokens=True)
         num_before = place_of(inner, outer)
@@ -263,14 +274,14 @@ class Tokenizer:
         return outer[:num_before], outer[num_before + len(inner) :]
 
     def encode_inner(self, text: str) -> list[int]:
-        """Token ids of text that stands within another, without special tokens around it."""
+        """Token ids of a text in the middle of another one, without special tokens around it."""
         return self._encode_continuation(text, self.encode("\n", add_special_tokens=False))
 
     def _encode_continuation(self, text: str, anchor: list[int]) -> list[int]:
-        """Encode text that does not start a prompt.
+        """Token ids of a text that does not start a prompt.
 
-        SentencePiece tokenizers put a space before any text. A line break in front takes that
-        space, and its tokens, `anchor`, are taken off again.
+        SentencePiece tokenizers put a space before any text. A line break before the text takes
+        that space, and its tokens, `anchor`, are removed from the result.
         """
         ids = self.encode("\n" + text, add_special_tokens=False, param="messages")
         if ids[: len(anchor)] == anchor:
@@ -279,15 +290,16 @@ class Tokenizer:
 
 
 class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
-    """Defaults of generation_config.json for what a request leaves out; None: it has none.
+    """Defaults from generation_config.json for sampling parameters that a request leaves out; None
+    if the file does not set one.
 
-    eos_token_ids  ids that end an answer, primary first; from config.json where
+    eos_token_ids  ids that end an answer, the primary one first; from config.json if
                    generation_config.json has none.
     """
 
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None  # 0: off
+    top_k: int | None = None  # 0 turns it off
     min_p: float | None = None
     repetition_penalty: float | None = None
     max_new_tokens: int | None = None
@@ -297,7 +309,7 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
     def from_folder(cls, folder: Path, *, has_sampling: bool = True) -> GenerationDefaults:
         """Read both files; either may be absent. Raises CheckpointError naming file and field.
 
-        Without `has_sampling` only the EOS list is read (`--generation-config vllm`).
+        has_sampling  False reads only the EOS ids (`--generation-config vllm`).
         """
         path = folder / "generation_config.json"
         raw = read_object(path) or {}
@@ -323,10 +335,11 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _plain_token_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
-    """Ids of the added tokens, which read as they are written.
+    """Ids of added tokens, whose text is their string as it is written.
 
-    Not of single characters that the vocabulary has by itself. They are the byte-level alphabet:
-    each stands for a byte that other texts need, even where somebody has added it as a token.
+    Single characters that are also tokens of the vocabulary are left out. They belong to the
+    byte-level alphabet, where each stands for a byte that other texts need, even if somebody has
+    added it as a token.
     """
     id_of = backend.model.token_to_id
     added = backend.get_added_tokens_decoder()

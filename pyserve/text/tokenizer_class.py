@@ -1,12 +1,13 @@
-"""The tokenizer class that transformers 5 loads a folder with, and what that class changes.
+"""The tokenizer class with which transformers 5 loads a folder, and what that class changes.
 
-Most folders are read as their tokenizer.json is. But some classes take only vocabulary, merges and
-post-processor from it and build the rest themselves, from fields of tokenizer_config.json: `legacy`
-and `add_prefix_space` count there, and the names of special tokens have defaults. `add_bos_token`
-and `add_eos_token` count only in a folder that has no tokenizer.json.
+Most folders are read as their tokenizer.json says. Some classes, however, take only vocabulary,
+merges and post-processor from it. They build the rest themselves from tokenizer_config.json: the
+fields `legacy` and `add_prefix_space` apply, and special tokens have default names. The fields
+`add_bos_token` and `add_eos_token` apply only in a folder without tokenizer.json.
 
 Source: AutoTokenizer and the tokenization modules of transformers 5.24, which the tests compare
-with. Where such a class does not fit the kind of tokenizer.json's vocabulary, the file counts.
+with. If such a class does not fit the kind of vocabulary in tokenizer.json, the file is read as it
+is.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pyserve import log
 
 Config = Mapping[str, Any]
 
-# Model types for which the class that a folder declares does not count.
+# Model types for which transformers ignores the class that a folder declares.
 _READ_AS_IT_IS = ("mistral", "mixtral", "phi3")
 _ALWAYS_QWEN = ("qwen2",)
 _QWEN_UNLESS_DECLARED = ("qwen3",)
@@ -38,12 +39,14 @@ _QWEN_WORDS = (
 class TokenizerClass:
     """A class of transformers that builds its tokenizer itself.
 
-    rebuild             replaces the parts of a tokenizer that the class does not take from a file.
-    is_byte_level       the kind of vocabulary that it fits.
-    defaults            special tokens that it names where the config does not.
-    has_bos             whether it adds BOS, whatever the file says; None: as the file says.
-    is_special_by_name  all named and listed special tokens become special ones.
-    prefix              where it puts a space, as of `prefix_of`.
+    rebuild             replaces the parts of a tokenizer that the class does not take from
+                        tokenizer.json.
+    is_byte_level       whether the class fits a byte-level vocabulary, or else a SentencePiece one.
+    defaults            special tokens that the class names where the config does not: name ->
+                        string.
+    has_bos             whether the class adds BOS, whatever the file says; None: as the file says.
+    is_special_by_name  whether all tokens that the config names or lists become special tokens.
+    prefix              returns where the class puts a space, as in `prefix_of`.
     """
 
     rebuild: Callable[[tokenizers.Tokenizer, Config], None]
@@ -55,9 +58,10 @@ class TokenizerClass:
 
 
 def class_of(config: Config, model_config: Config, *, is_byte_level: bool) -> TokenizerClass | None:
-    """The class of a folder, by tokenizer_config.json and config.json; None: read as it is.
+    """The class for a folder, by tokenizer_config.json and config.json; None if the folder's
+    tokenizer is used as it is.
 
-    is_byte_level  tokenizer.json, or what stands for it, has the byte-level alphabet.
+    is_byte_level  whether tokenizer.json, or what replaces it, has the byte-level alphabet.
     """
     declared = config.get("tokenizer_class") or model_config.get("tokenizer_class")
     name = declared.removesuffix("Fast") if isinstance(declared, str) else None
@@ -71,9 +75,8 @@ def class_of(config: Config, model_config: Config, *, is_byte_level: bool) -> To
 
 
 def prefix_of(config: Config, model_config: Config) -> str:
-    """Where a SentencePiece tokenizer puts a space: a `prepend_scheme` of Metaspace.
-
-    "always"  before each text between special tokens; "first": before the first; "never".
+    """Where a SentencePiece tokenizer puts a space, as Metaspace's `prepend_scheme`: "always"
+    before each text between special tokens, "first" before the first one only, "never".
     """
     found = class_of(config, model_config, is_byte_level=False)
     if found is None:
@@ -84,7 +87,7 @@ def prefix_of(config: Config, model_config: Config) -> str:
 def set_surroundings(
     backend: tokenizers.Tokenizer, *, bos: str | None = None, eos: str | None = None
 ) -> None:
-    """Put these tokens around each text; None, or a token without an id: nothing."""
+    """Put these tokens around each text; nothing for None, or for a token without an id."""
     ids = {token: backend.token_to_id(token) for token in (bos, eos) if token}
     before, behind = ([token] if ids.get(token or "") is not None else [] for token in (bos, eos))
     single = [*before, "$A", *behind]
@@ -96,7 +99,7 @@ def set_surroundings(
 
 
 def warn_of_flags(backend: tokenizers.Tokenizer, config: Config, names: Mapping[str, str]) -> None:
-    """One line for each flag of tokenizer_config.json that tokenizer.json contradicts."""
+    """Log a warning for each flag of tokenizer_config.json that tokenizer.json contradicts."""
     around = backend.encode("", add_special_tokens=True).ids
     for end in ("bos", "eos"):
         flag, token = config.get(f"add_{end}_token"), names.get(f"{end}_token", "")
@@ -135,7 +138,7 @@ def _as_code_llama(backend: tokenizers.Tokenizer, config: Config) -> None:
 def _set_words(
     backend: tokenizers.Tokenizer, scheme: str, *, is_stripped: bool, unk_token: str | None
 ) -> None:
-    """Words of a SentencePiece vocabulary: "▁" for spaces, bytes for unknown characters."""
+    """Set up a SentencePiece vocabulary: "▁" for spaces, bytes for unknown characters."""
     _set_model(backend, unk_token=unk_token, fuse_unk=True, byte_fallback=True)
     backend.normalizer = None
     backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)

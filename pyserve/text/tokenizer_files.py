@@ -1,9 +1,9 @@
 """What a folder's files say about added and special tokens, merged as transformers merges them.
 
-tokenizer_config.json lists added tokens under `added_tokens_decoder`. Older folders do not: there
-added_tokens.json lists what was added, and special_tokens_map.json names the special tokens, before
-tokenizer_config.json. tokenizer.json may know none of them. Where two files give one token two ids,
-or one id two tokens, no merge is right, so the folder is refused.
+tokenizer_config.json lists added tokens under `added_tokens_decoder`. Older folders lack that:
+there added_tokens.json lists the added tokens, and special_tokens_map.json names the special tokens
+and takes precedence over tokenizer_config.json. tokenizer.json may know none of them. If two files
+give one token two ids, or one id two tokens, no merge is right, so the folder is refused.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ Token = str | AddedToken
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A token to which a file gives an id."""
+    """A token to which a file gives an id.
+
+    file  name of the file, for errors.
+    """
 
     file: str
     token_id: int
@@ -47,10 +50,12 @@ class Listed:
 class TokenizerFiles:
     """The files beside tokenizer.json.
 
-    config        tokenizer_config.json, with special_tokens_map.json where that counts.
-    model_config  config.json; {} where the folder has none.
-    added         tokens that count, in the order of their ids.
-    ignored       tokens of added_tokens.json where `added_tokens_decoder` stands for it.
+    config        tokenizer_config.json, merged with special_tokens_map.json if it lists no added
+                  tokens.
+    model_config  config.json; {} if the folder has none.
+    added         the tokens to add, in the order of their ids.
+    ignored       tokens of added_tokens.json that are not added, because `added_tokens_decoder` is
+                  there.
     """
 
     folder: Path
@@ -61,7 +66,9 @@ class TokenizerFiles:
 
     @classmethod
     def read(cls, folder: Path) -> TokenizerFiles:
-        """Raises CheckpointError naming the file and the field that is wrong."""
+        """Read the files of a folder. Raises CheckpointError naming the file and the field that is
+        wrong.
+        """
         config = read_object(folder / CONFIG_FILE) or {}
         if _OLD_LIST in config and not config.get(_LIST):
             config[_LIST] = config.pop(_OLD_LIST)
@@ -85,7 +92,7 @@ class TokenizerFiles:
 
     @property
     def num_embeddings(self) -> int:
-        """Ids that the model has an embedding for; 0 where config.json does not say it."""
+        """Number of ids that the model has an embedding for; 0 if config.json does not say."""
         size = said_of_text(self.model_config, "vocab_size")
         return size if isinstance(size, int) else 0
 
@@ -100,9 +107,9 @@ def said_of_text(config: Mapping[str, Any], key: str) -> object:
 def named_tokens(
     config: Mapping[str, Any], defaults: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, Token]:
-    """The tokens that a config names: "bos_token" and so on, and names of the model's own.
+    """The special tokens that a config names: "bos_token" and so on, and names of the model's own.
 
-    defaults  names that the tokenizer's class fills where the config does not have them.
+    defaults  name -> string, for names that the config lacks; from the tokenizer's class.
     """
     values = {name: config.get(name, defaults.get(name)) for name in _NAMED} | {
         name: value for name, value in {**defaults, **config}.items()
@@ -115,7 +122,7 @@ def named_tokens(
 
 
 def extra_tokens(config: Mapping[str, Any]) -> list[Token]:
-    """The special tokens that a config lists without a name."""
+    """The special tokens that a config lists without names."""
     return _tokens(config, _LIST if isinstance(config.get(_LIST), list) else _OLD_LIST)
 
 
@@ -127,19 +134,21 @@ def add_tokens(
     source: str,
     is_literal: bool = False,
 ) -> None:
-    """Give the tokenizer the tokens that the files list or name and that it does not have.
+    """Add the tokens that the files list or name to `backend`, where it lacks them.
 
-    named       names and tokens, as of `named_tokens`. One to which no file gives an id takes the
-                next one, as in transformers, but only where the model has an embedding for it.
-    source      the file that `backend` comes from.
-    is_literal  listed tokens are found in the text as it is, whatever their flags say.
+    named       name -> token, from `named_tokens`. A token without an id in any file gets the next
+                id, as in transformers, but only if the model has an embedding for that id.
+    source      the file that `backend` comes from, for errors.
+    is_literal  listed tokens are found in the text before it is normalised, whatever their flags
+                say.
 
-    Raises CheckpointError naming both files and the token where two contradict each other.
+    Raises CheckpointError naming both files and the token if two files contradict each other.
     """
     _check_agreement(backend, files, source)
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    names = {str(token) for token in named.values()}  # what has a name is a special token
-    names |= {text for text, token in known.items() if token.special}  # and none ceases to be one
+    names = {str(token) for token in named.values()}  # a token with a name becomes special
+    # A special token stays special.
+    names |= {text for text, token in known.items() if token.special}
     new = [_made_special(item.token, names) for item in files.added]
     backend.add_tokens([_with(token, normalized=False) for token in new] if is_literal else new)
     for item in files.added:
@@ -149,7 +158,7 @@ def add_tokens(
                 f"{files.folder}: {item.file} gives the token {item.token.content!r} the id "
                 f"{item.token_id}, but {source} has no tokens for the ids {given} and on before it"
             )
-    if "added_tokens_decoder" not in files.config:  # then the flags in tokenizer.json count
+    if "added_tokens_decoder" not in files.config:  # the flags in tokenizer.json apply then
         backend.add_tokens([_made_special(token, names) for token in known.values()])
     in_files = {*known, *(item.token.content for item in files.added)}
     for token in (*named.values(), *extra_tokens(files.config)):
@@ -164,7 +173,9 @@ def add_tokens(
 def warn_of_ids(
     backend: tokenizers.Tokenizer, files: TokenizerFiles, names: Mapping[str, str]
 ) -> None:
-    """One line each for an EOS that can end no answer and for tokens that the model cannot take."""
+    """Log a warning if the EOS has no id, so that it ends no answer, and one if ids of added tokens
+    are beyond the model's vocabulary.
+    """
     eos = names.get("eos_token")
     if eos is not None and backend.token_to_id(eos) is None:
         log.get_logger().warning(
@@ -183,7 +194,7 @@ def warn_of_ids(
 
 
 def make_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
-    """Turn those of the tokens that the tokenizer has into special ones, found as written."""
+    """Make special tokens, which are found as written, of those that the tokenizer has."""
     backend.add_tokens(
         [
             AddedToken(token, special=True)
@@ -194,7 +205,7 @@ def make_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
 
 
 def _made_special(token: AddedToken, names: set[str]) -> AddedToken:
-    """The token; a special one where its text is among the names."""
+    """The token, made special if its text is among the names."""
     return _with(token, special=token.special or token.content in names)
 
 
@@ -204,8 +215,10 @@ def _with(token: AddedToken, **changes: bool) -> AddedToken:
 
 
 def _check_agreement(backend: tokenizers.Tokenizer, files: TokenizerFiles, source: str) -> None:
+    """Raise CheckpointError if two files give one token two ids, or one id two tokens."""
     ids: dict[str, tuple[int, str]] = {}
-    # The library's id_to_token gives the normalised form of an added token ("▁<pad>").
+    # Not from id_to_token: the library returns the normalised form of an added token there
+    # ("▁<pad>").
     added = backend.get_added_tokens_decoder()
     texts = {token_id: (token.content, source) for token_id, token in added.items()}
     for listed in (*files.added, *files.ignored):
@@ -226,7 +239,9 @@ def _check_agreement(backend: tokenizers.Tokenizer, files: TokenizerFiles, sourc
 
 
 def _listed_in_config(path: Path, decoder: object) -> tuple[Listed, ...]:
-    """`added_tokens_decoder`: {"32000": {"content": "<|im_end|>", "special": true, ...}}."""
+    """The tokens of `added_tokens_decoder`: {"32000": {"content": "<|im_end|>", "special": true,
+    ...}}. Raises CheckpointError.
+    """
     if not isinstance(decoder, dict):
         raise CheckpointError(
             f"{path}: added_tokens_decoder must be an object of ids and tokens, got {decoder!r:.60}"
@@ -244,7 +259,7 @@ def _listed_in_config(path: Path, decoder: object) -> tuple[Listed, ...]:
 
 
 def _listed_in_file(path: Path, ids: Mapping[str, Any], special: set[str]) -> tuple[Listed, ...]:
-    """added_tokens.json: {"<pad>": 32000}."""
+    """The tokens of added_tokens.json: {"<pad>": 32000}. Raises CheckpointError."""
     listed = []
     for text, token_id in ids.items():
         if isinstance(token_id, bool) or not _is_id(str(token_id)):
@@ -260,12 +275,14 @@ def _is_id(text: str) -> bool:
 
 
 def _with_map(config: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with what special_tokens_map.json names in it."""
+    """A config merged with special_tokens_map.json, whose tokens replace the config's; lists are
+    joined.
+    """
     merged = dict(config)
     for name, value in names.items():
         had = merged.get(name) or []
         if name == _LIST and isinstance(value, list):
-            if isinstance(had, dict):  # these have names
+            if isinstance(had, dict):  # the config's are named, so the map's go to the older list
                 name, had = _OLD_LIST, merged.get(_OLD_LIST) or []
             value = [*had, *(item for item in value if item not in had)]
         elif isinstance(value, dict) and "content" in value:
@@ -281,7 +298,9 @@ def _tokens(config: Mapping[str, Any], name: str) -> list[Token]:
 
 
 def _token(value: object) -> Token | None:
-    """A token in a config file: its string, or {"content": its string, "lstrip": false, ...}."""
+    """A token from a config file: its string, or {"content": its string, "lstrip": false, ...}.
+    None if the value is neither, or empty.
+    """
     if isinstance(value, str):
         return value or None
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):

@@ -1,6 +1,7 @@
-"""tokenizer.json, read by the `tokenizers` library. Files on which that panics are refused.
+"""Reads tokenizer.json with the `tokenizers` library. Files on which the library panics are
+refused.
 
-A panic prints two lines of its own to stderr, which nothing in Python can keep it from.
+A panic prints two lines to stderr, which Python code cannot prevent.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from pyserve.errors import CheckpointError
 from pyserve.model_files import guarded, read_text, reason_of
 
 TOKENIZER_FILE = "tokenizer.json"
-MAX_GROWTH = 16  # of a text, by a normalizer or decoder: more would fill memory
+MAX_GROWTH = 16  # how many times as long a normalizer or decoder may make a text
 
-_PARTS = ("normalizers", "processors", "decoders")  # of a Sequence
+_PARTS = ("normalizers", "processors", "decoders")  # keys under which a Sequence lists its parts
 _TRIAL = "Hello, w\u00f6rld!\n 1"
 
 
@@ -30,7 +31,7 @@ class _TokenInFile(msgspec.Struct):
 
 
 class _TokenizerJson(msgspec.Struct):
-    """What is asked of the file beside the library; all else in it is passed over."""
+    """The fields of the file that are checked here; all others are ignored."""
 
     added_tokens: list[_TokenInFile] = []
     normalizer: Any = None
@@ -39,9 +40,9 @@ class _TokenizerJson(msgspec.Struct):
 
 
 def read_backend(path: Path) -> tuple[tokenizers.Tokenizer, bool]:
-    """The tokenizer in the file, and whether the file speaks of the byte-level alphabet.
+    """The tokenizer in the file, and whether the file mentions the byte-level alphabet.
 
-    Raises CheckpointError naming the file, and the section where that is known.
+    Raises CheckpointError naming the file, and the section at fault if that is known.
     """
     text = read_text(path)
     if text is None:
@@ -65,7 +66,7 @@ def read_backend(path: Path) -> tuple[tokenizers.Tokenizer, bool]:
             )
     if _growth(stated.post_processor) != 1:
         raise CheckpointError(f"{path}: post_processor must hold a text once, not never or twice")
-    for token in stated.added_tokens:  # the library gives the next free id, whatever the file says
+    for token in stated.added_tokens:  # the library ignores these ids and gives the next free one
         given = backend.token_to_id(token.content)
         if token.content and given != token.id:
             raise CheckpointError(
@@ -76,9 +77,12 @@ def read_backend(path: Path) -> tuple[tokenizers.Tokenizer, bool]:
 
 
 def try_out(backend: tokenizers.Tokenizer, path: Path) -> None:
-    """Use the tokenizer once: one that panics at any text must do so now, not at each request.
+    """Encode a text once, so that a tokenizer which panics on any text does so now, not in each
+    request.
 
-    path  of the file that the tokenizer comes from, for the error: a CheckpointError.
+    path  the file that the tokenizer comes from.
+
+    Raises CheckpointError naming that file.
     """
     try:
         with guarded(str(path)):
@@ -92,18 +96,20 @@ def try_out(backend: tokenizers.Tokenizer, path: Path) -> None:
 
 
 def place_of(inner: list[int], outer: list[int]) -> int | None:
-    """Where `inner` begins in `outer`; None where it is not in it."""
+    """The index at which `inner` begins in `outer`; None if it is not a part of it."""
     starts = range(len(outer) - len(inner) + 1)
     return next((at for at in starts if outer[at : at + len(inner)] == inner), None)
 
 
 def _encode(backend: tokenizers.Tokenizer) -> None:
-    with suppress(Exception):  # a small vocabulary has no tokens for it
+    with suppress(Exception):  # a small vocabulary may lack tokens for this text
         backend.encode(_TRIAL, add_special_tokens=True)
 
 
 def _growth(step: Any) -> int:
-    """Roughly how many characters a section may make of one; of a post-processor: tokens."""
+    """Roughly how many characters a section may make of one; for a post-processor, how many times
+    it holds the text.
+    """
     kind = step.get("type") if isinstance(step, dict) else None
     if kind == "Sequence":
         return prod(_growth(part) for name in _PARTS for part in step.get(name) or [])
@@ -115,7 +121,9 @@ def _growth(step: Any) -> int:
 
 
 def _section_at_fault(text: str) -> str:
-    """ ": its normalizer", where the file would do without that section; else nothing."""
+    """ ": its normalizer" or another section, if the file is usable without that
+    section; else "".
+    """
     try:
         stated = msgspec.json.decode(text)
     except (ValueError, RecursionError):

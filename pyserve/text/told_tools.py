@@ -1,8 +1,9 @@
-"""Tools for a model whose chat template shows none: told in words, calls and results as text.
+"""Tools for a model whose chat template does not show them: tools, calls and results as text.
 
-Many templates are older than tools, that of Mistral-7B-Instruct-v0.2 for one. The model is told of
-the functions, and of the form that the server finds calls in, where it would be told of its task.
-Whether it follows is up to the model; a grammar can hold it to the form (tool_parsers/tags.py).
+Many chat templates are older than tool calls, such as that of Mistral-7B-Instruct-v0.2. For these
+the functions, and the form in which the server recognises calls, are described in the system
+message or in the first user message. Whether the model follows is up to the model, but a grammar
+can hold it to the form (tool_parsers/tags.py).
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ def in_words(
     *,
     has_system: bool,
 ) -> list[Message]:
-    """The messages, not changed themselves, with all that a template without tools leaves out.
+    """The messages with everything as text that a template without tools would leave out.
 
-    messages    as a chat template gets them.
-    tools       the same; at least one.
-    written     how calls are written.
-    has_system  the template shows a message of the role system.
+    messages    as a chat template gets them; they are not changed.
+    tools       as a chat template gets them; at least one.
+    written     how the model is to write calls.
+    has_system  whether the template shows messages of the role system.
     """
     told = calls_in_words(messages, written)
     functions = [json.dumps(tool["function"], ensure_ascii=False) for tool in tools]
@@ -50,13 +51,13 @@ def in_words(
 
 
 def calls_in_words(messages: Sequence[Message], written: Written) -> list[Message]:
-    """Calls as the text that the model wrote, results as what a user says.
+    """The messages with tool calls as the text that the model wrote, and results as user messages.
 
-    Templates that want users and assistants to take turns get them so: results of several calls are
-    one message, together with what the user says behind them.
+    Some templates require users and assistants to take turns. So the results of several calls
+    become one message, together with what the user says after them.
     """
     told: list[Message] = []
-    names: dict[str, str] = {}  # of functions, by the ids of their calls
+    names: dict[str, str] = {}  # id of a call -> name of its function
     is_result = False
     for message in messages:
         calls = message.get("tool_calls", ())
@@ -84,7 +85,7 @@ def _name_and_arguments(function: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _joined(first: Content, second: Content, between: str = "\n\n") -> Content:
-    """Two contents as one; parts stay parts."""
+    """Two contents as one; the result has parts if either of them has."""
     if not first or not second:
         return first or second
     if isinstance(first, str) and isinstance(second, str):

@@ -1,10 +1,11 @@
-"""Messages in the order that a chat template demands.
+"""Brings messages into an order that a chat template accepts.
 
-Many templates take a system message at the start alone, or none, and users and assistants only in
-turns. Clients know nothing of that: agents put system messages between others, and several of a
-user's behind each other. What the template takes as it is stays as it is. Else that alone is
-changed which this template never takes, as template_probe.py has found out; so what one request
-has in another order the next has too, and the prefix cache knows the prompt that both begin with.
+Many templates accept a system message only at the start, or none at all, and users and assistants
+only in turns. Clients do not know this: agents put system messages between others, and several user
+messages one after the other. If the template accepts the messages as they are, they stay unchanged.
+Otherwise only what this template always refuses is changed, as template_probe.py has found. So a
+change made for one request is also made for the next, and the prefix cache finds the prompt that
+both begin with.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from typing import Any
 
 from pyserve.text.template_probe import REASONING, Place
 
-Message = dict[str, Any]  # as chat_messages.py has checked it
+Message = dict[str, Any]  # as returned by chat_messages._check_message
 
-BETWEEN = "\n\n"  # two texts that become one
+BETWEEN = "\n\n"  # separates texts that are joined
 _SYSTEM = ("system", "developer")
 
 
 def in_order(messages: Sequence[Message], refused: frozenset[Place]) -> tuple[list[Message], str]:
-    """The messages, not changed themselves, without what the template refuses; and what was done:
-    "system" where system messages became text of users, "turns" where messages were put together or
-    in another order.
+    """The messages rearranged so that the template does not refuse them, and what was done.
+
+    The messages themselves are not changed. What was done is "system" if system messages became a
+    user's, "turns" if messages were joined or reordered, "system, turns" if both, and "" if
+    nothing.
     """
     done = []
     ordered = list(messages)
@@ -43,7 +46,7 @@ def in_order(messages: Sequence[Message], refused: frozenset[Place]) -> tuple[li
 
 
 def is_late_system(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a system message stands behind any other."""
+    """Whether a system message comes after any other message."""
     roles = [message["role"] for message in messages]
     first = next((i for i, role in enumerate(roles) if role not in _SYSTEM), len(roles))
     return any(role in _SYSTEM for role in roles[first:])
@@ -54,7 +57,7 @@ def has_system(messages: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _without_late_system(messages: list[Message], *, has_first: bool) -> list[Message]:
-    """System messages as users', but for those at the start, which become one."""
+    """Join the system messages at the start into one, if has_first; all others become a user's."""
     first = 0
     while has_first and first < len(messages) and messages[first]["role"] in _SYSTEM:
         first += 1
@@ -63,9 +66,10 @@ def _without_late_system(messages: list[Message], *, has_first: bool) -> list[Me
 
 
 def _results_first(messages: list[Message]) -> list[Message]:
-    """Results directly behind the calls that they answer, in front of what users say there."""
+    """Move tool results directly behind the calls that they answer, before what users say there."""
     found: list[Message] = []
-    held: list[Message] = []  # since the last assistant's message with calls
+    # Other messages, held back until the assistant's tool results have come.
+    held: list[Message] = []
     for message in messages:
         if message["role"] == "assistant":
             found += [*held, message]
@@ -80,7 +84,7 @@ def _results_first(messages: list[Message]) -> list[Message]:
 
 
 def _joined_where(messages: list[Message], *pairs: tuple[str, str]) -> list[Message]:
-    """Neighbours with the roles of one of `pairs` are one message, with the role of the first."""
+    """Join neighbours whose roles are one of `pairs`; the result has the role of the first."""
     groups: list[list[Message]] = []
     for message in messages:
         if groups and (groups[-1][0]["role"], message["role"]) in pairs:
@@ -91,7 +95,9 @@ def _joined_where(messages: list[Message], *pairs: tuple[str, str]) -> list[Mess
 
 
 def _joined(messages: list[Message]) -> Message:
-    """At once: one after the other would copy the text each time."""
+    """Several messages as one. All at once: joining them one by one would copy the text
+    each time.
+    """
     first = messages[0]
     if len(messages) == 1:
         return first
@@ -108,7 +114,7 @@ def _joined(messages: list[Message]) -> Message:
 
 
 def _contents(contents: list[str | list[str]]) -> str | list[str]:
-    """Texts as one text; parts stay parts."""
+    """Texts are joined into one text; if any content has parts, the result is a list of parts."""
     texts = [content for content in contents if isinstance(content, str)]
     if len(texts) == len(contents):
         return BETWEEN.join(texts)

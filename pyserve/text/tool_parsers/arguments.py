@@ -1,11 +1,12 @@
-"""Arguments of calls whose form is not one JSON object: how they are written.
+"""How arguments of calls are written in forms other than one JSON object.
 
     python  city="Paris", days=2
-            Values are JSON, all of which Python's literals have.
+            Values are JSON, all of which Python's literals can express.
     tags    <parameter=city>\\nParis\\n</parameter>\\n<parameter=days>\\n2\\n</parameter>\\n
-            Texts are bare, other values are JSON.
+            Strings are written bare, other values as JSON.
 
-Not every schema can be said so: UnsayableError tells why. text/grammar_tags.py makes the grammar.
+Not every schema can be expressed in these forms; UnsayableError says why. The grammar that holds a
+model to a form is made in text/grammar_tags.py.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from pyserve.text.tool_parsers.tagged_values import END_VALUE, as_json, types_of
 Form = Literal["json", "python", "tags"]
 Schema = Mapping[str, Any]
 
-MAX_MEMBERS = 200  # of one call
-MAX_FOLLOWED = 8  # references from one to another
+MAX_MEMBERS = 200  # arguments of one call
+MAX_FOLLOWED = 8  # length of a chain of references
 _FUNCTION_NAME = {"python": re.compile(r"[A-Za-z0-9_.]+"), "tags": re.compile(r"[^<>\n]+")}
 _NAME = {
     "python": re.compile(r"[A-Za-z_][A-Za-z0-9_]*"),
@@ -35,16 +36,16 @@ _LISTED: Mapping[str, list[Any]] = {"boolean": [True, False], "null": [None]}
 
 
 class UnsayableError(ValueError):
-    """A name or a schema that the form has no words for."""
+    """A name or a schema that cannot be expressed in a form, and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One argument.
+    """One argument of a function.
 
-    schema   of the value, where that is JSON.
-    texts    all values as they are written bare.
-    is_text  any bare text.
+    schema   schema of the value, where that is written as JSON.
+    texts    all possible values as they are written bare.
+    is_text  the value is any bare text.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Member:
 
 
 def written_arguments(form: Form, arguments: str) -> str:
-    """Arguments that are JSON, in this form; as they are where they are no object."""
+    """A JSON object of arguments in this form; anything else than an object as it is."""
     try:
         values = json.loads(arguments)
     except ValueError:
@@ -70,7 +71,9 @@ def written_arguments(form: Form, arguments: str) -> str:
 
 
 def members_of(form: Form, schema: Schema) -> list[Member] | None:
-    """The arguments by a schema, in their order; None: there may be any. Raises UnsayableError."""
+    """The arguments that a schema lists, in their order; None if it allows any. Raises
+    UnsayableError.
+    """
     known = {"type", "properties", "required", "additionalProperties"}
     if schema.keys() - NOTES - known or schema.get("type", "object") != "object":
         raise UnsayableError("arguments must be an object that has nothing but properties")
@@ -92,7 +95,9 @@ def members_of(form: Form, schema: Schema) -> list[Member] | None:
 
 
 def check_sayable(form: Form, name: str, schema: Schema) -> None:
-    """Raises UnsayableError where a call of a function cannot be held to this form."""
+    """Raise UnsayableError if calls of a function cannot be restricted to this form by
+    a grammar.
+    """
     if form == "json":
         return
     if not _FUNCTION_NAME[form].fullmatch(name):
@@ -109,7 +114,9 @@ def _as_json(name: str, is_needed: bool, schema: Any, root: Schema) -> Member:
 
 
 def _check_references(name: str, schema: Any) -> None:
-    """They must lead into the definitions, or to an anchor: the schema stands without the whole."""
+    """Raise UnsayableError unless all references lead into the definitions or to an anchor, because
+    the property's schema is used without the schema around it.
+    """
     stack = [schema]
     while stack:
         inner = stack.pop()
@@ -125,7 +132,7 @@ def _check_references(name: str, schema: Any) -> None:
 
 
 def _tagged(name: str, is_needed: bool, schema: Any, root: Schema) -> Member:
-    types = types_of(schema)  # by which the parser reads the value
+    types = types_of(schema)  # the types by which the parser reads the value
     followed = _followed(schema, root)
     values = _values(followed, root)
     if values is not None:
@@ -151,7 +158,7 @@ def _bare(value: Any) -> str:
 
 
 def _followed(schema: Any, root: Schema) -> Any:
-    """What a schema that is only a reference leads to."""
+    """The schema that a chain of plain references leads to; any other schema as it is."""
     for _ in range(MAX_FOLLOWED):
         if not isinstance(schema, dict) or schema.keys() - NOTES != {"$ref"}:
             break
@@ -162,7 +169,7 @@ def _followed(schema: Any, root: Schema) -> Any:
 
 
 def _several(schema: Any, root: Schema) -> list[Any]:
-    """The branches of a schema that is nothing but a choice; else itself."""
+    """The branches of a schema that consists of an anyOf; for any other schema, itself alone."""
     schema = _followed(schema, root)
     is_choice = isinstance(schema, dict) and schema.keys() - NOTES == {"anyOf"}
     branches = schema["anyOf"] if is_choice else None
@@ -172,7 +179,7 @@ def _several(schema: Any, root: Schema) -> list[Any]:
 
 
 def _values(schema: Any, root: Schema) -> list[Any] | None:
-    """All values of a schema that lists them; None: it does not."""
+    """All values of a schema that lists them; None if it does not."""
     values: list[Any] = []
     for branch in _several(schema, root):
         asked = branch.keys() - NOTES if isinstance(branch, dict) else set()
@@ -188,7 +195,7 @@ def _values(schema: Any, root: Schema) -> list[Any] | None:
 
 
 def _plain_types(schema: Any) -> frozenset[str]:
-    """The types of a schema that asks for nothing else; empty: it does."""
+    """The types of a schema that restricts nothing but the type; empty for any other schema."""
     several = _several(schema, {})
     is_plain = all(isinstance(one, dict) and one.keys() - NOTES == {"type"} for one in several)
     return frozenset().union(*map(types_of, several)) if is_plain else frozenset()

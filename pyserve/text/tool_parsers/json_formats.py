@@ -1,4 +1,4 @@
-"""Formats whose arguments are JSON: a row each, and the parser that reads them by it."""
+"""Tool call formats whose arguments are JSON: one row for each, and the parser that reads them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyserve.text.tool_parsers.source import Fault, Reader
 from pyserve.text.tool_parsers.stage import MAX_NAME_CHARS, Parser, Tools, short_id
 from pyserve.text.tool_parsers.written import NAME, Written
 
-CALL_ID, ARGUMENTS = "CALL_ID", "ARGUMENTS"  # steps of a header, as NAME is
+CALL_ID, ARGUMENTS = "CALL_ID", "ARGUMENTS"  # placeholders in a header, like NAME
 MAX_KEY_CHARS = 64
 MAX_NESTED = 2  # {"type": "function", "function": {"name": ...}}
 
@@ -26,7 +26,7 @@ _GOOD_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 
 @dataclass(frozen=True, slots=True)
 class Maybe:
-    """A literal of a header that may be missing; with `steps` that follow only where it is not."""
+    """A literal of a header that may be missing. `steps` follow it only where it is present."""
 
     literal: str
     steps: tuple[str, ...] = ()
@@ -34,17 +34,19 @@ class Maybe:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How calls are written. White space may stand between all of its pieces.
+    """How a format writes calls. White space may stand between all of its pieces.
 
-    markers, starts, bare, closers
-               as Parser has them.
-    objects    characters that begin JSON calls: "{" an object that has a name and arguments,
-               "[" a list of such. Several objects may follow each other.
-    separator  may stand between calls.
-    header     another form of call: literals, and NAME, CALL_ID and ARGUMENTS, in their order.
-    num_id_chars
-               ids have so many letters or digits, as templates want them; 0: any id will do.
-    written    the form that grammars hold models to; the first whose tokens the model has.
+    markers, starts, bare and closers are as in Parser.
+
+    objects       characters that begin calls in JSON: "{" an object with a name and arguments, "["
+                  a list of such objects. Several objects may follow each other.
+    separator     text that may stand between calls.
+    header        the other way to write a call: literals, NAME, CALL_ID and ARGUMENTS, in their
+                  order.
+    num_id_chars  number of letters and digits that the model's template requires in a call's id; 0:
+                  any id will do.
+    written       how a grammar makes the model write calls: the first of these whose marks are all
+                  tokens of the model, or else the last one.
     """
 
     markers: tuple[str, ...] = ()
@@ -59,7 +61,7 @@ class Format:
 
     @property
     def literals(self) -> tuple[str, ...]:
-        """All that stands around and between names and arguments."""
+        """All texts that stand around and between names and arguments."""
         steps = [step.literal if isinstance(step, Maybe) else step for step in self.header]
         steps = [step for step in steps if step not in (NAME, CALL_ID, ARGUMENTS)]
         return (*self.markers, *self.starts, *self.closers, *steps)
@@ -128,7 +130,8 @@ FORMATS: dict[str, Format] = {
             ),
         ),
     ),
-    # Of no model's own: what those are held to whose arguments are no JSON.
+    # No model's own format: for required calls where no parser is set, or where the model's own
+    # format cannot express a tool's schema.
     "json": Format(bare="[", objects="[", written=(Written(_IN_JSON, ("[", "]"), ", "),)),
 }  # fmt: skip
 
@@ -137,7 +140,7 @@ FORMATS: dict[str, Format] = {
 class _Call:
     """What is known of a call while its object is read.
 
-    held  arguments that came before the name; None: none did.
+    held  arguments that came before the name; None if there were none.
     """
 
     is_bare: bool
@@ -149,7 +152,7 @@ class _Call:
 
 
 class JsonParser(Parser):
-    """Reads calls as a Format says."""
+    """Reads the calls of one answer in the way that its Format describes."""
 
     def __init__(self, tools: Tools, format: Format) -> None:
         self.markers, self.starts = format.markers, format.starts
@@ -176,7 +179,7 @@ class JsonParser(Parser):
             yield from self._find_next()
 
     def _find_next(self) -> Reader[None]:
-        """Up to a call that follows without a marker. Raises Fault where none does."""
+        """Read up to a call that follows without a marker. Raises Fault if there is none."""
         source = self.source
         yield from source.skip_white()
         if self._format.separator:
@@ -259,7 +262,7 @@ class JsonParser(Parser):
         call.is_open = True
 
     def _read_arguments(self, call: _Call) -> Reader[None]:
-        """An object, the same as a string of JSON, or null."""
+        """Read arguments, which are an object, a JSON string that holds one, or null."""
         char = yield from self.source.peek()
         if char == "{" and call.name is not None:
             self._open(call)
@@ -303,11 +306,13 @@ class JsonParser(Parser):
                 yield from self._read_arguments(call)
             else:
                 yield from self.source.expect(step)
-            if call.is_open:  # what ends the call is markup, also where not all of it comes
+            if call.is_open:  # what ends a call is dropped as markup, even if it is incomplete
                 self.source.settle()
 
     def _read_short(self, max_chars: int) -> Reader[str]:
-        """The text of a JSON string that is not long."""
+        """The value of a JSON string of at most `max_chars` characters. Raises Fault if it is
+        longer.
+        """
         pieces: list[str] = []
         start = self.source.num_held
 
@@ -328,7 +333,7 @@ def _drop(text: str) -> None:
 
 
 def _decoded(text: str) -> str:
-    """The value of a JSON string. Raises Fault where it is not Unicode: a lone surrogate."""
+    """The value of a JSON string. Raises Fault if it is not Unicode: it has a lone surrogate."""
     try:
         return msgspec.json.decode(text, type=str)
     except (msgspec.DecodeError, UnicodeError):

@@ -1,7 +1,7 @@
-"""JSON that is checked and passed on as it comes, before its end is there.
+"""JSON that is checked and passed on while it arrives.
 
-What comes out is valid JSON, in the writer's own words. Two things that models write and JSON does
-not have are mended: control characters within strings, and escapes that do not exist.
+The output is valid JSON in the model's own wording. Two faults that models make are mended: control
+characters within strings, and escapes that do not exist.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _BEGUN_UNICODE = re.compile(r"\\u[0-9a-fA-F]{0,3}\Z")
 
 
 def quoted(text: str) -> str:
-    """A JSON string, without its quotes."""
+    """A text as a JSON string, without the quotes."""
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def read_value(source: Source, sink: Sink) -> Reader[None]:
-    """One value, from its first character on. Raises Fault at what is not JSON."""
+    """Read one JSON value from its first character on. Raises Fault if it is not JSON."""
     yield from _JsonReader(source, sink).read()
 
 
@@ -67,7 +67,7 @@ class _JsonReader(ValueReader):
 
 
 def read_string(source: Source, sink: Sink) -> Reader[None]:
-    """A string, its quotes included."""
+    """Read a JSON string with its quotes. Raises Fault if none comes."""
     if (yield from source.peek()) != '"':
         raise Fault
     sink(source.advance(1))
@@ -98,4 +98,5 @@ def _read_escape(source: Source) -> Reader[str]:
     if _UNICODE.match(text):
         return source.advance(6)
     source.advance(1)
-    return "" if text[1] == "'" else "\\\\"  # the character that follows stands for itself
+    # An unknown escape: its backslash is escaped, or dropped before '.
+    return "" if text[1] == "'" else "\\\\"

@@ -1,7 +1,8 @@
-"""Python literals -> JSON, as they come.
+"""Python literals -> JSON, while they arrive.
 
-What models write for arguments: strings, which may go over several lines, numbers, True, False and
-None, lists and dicts, and the words of JSON for them. Nothing is evaluated; all else is a Fault.
+Accepted is what models write as arguments: strings, which may span several lines, numbers, True,
+False, None and their JSON spellings, lists and dicts. Nothing is evaluated, and anything else is a
+Fault.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ _HEX = re.compile(r"[0-9a-fA-F]*")
 
 
 def read_literal(source: Source, sink: Sink) -> Reader[None]:
-    """One literal, from its first character on; JSON goes to `sink`. Raises Fault."""
+    """Read one literal from its first character on, and write it to `sink` as JSON.
+    Raises Fault.
+    """
     yield from source.skip_white()
     yield from _LiteralReader(source, sink).read()
 
@@ -38,7 +41,7 @@ class _LiteralReader(ValueReader):
         yield from self.source.skip_white()
 
     def comma(self, closer: str) -> Reader[bool]:
-        has_comma = yield from self.source.accept(",")  # one may stand in front of the end
+        has_comma = yield from self.source.accept(",")  # a comma may precede the closer
         yield from self.source.skip_white()
         if (yield from self.source.peek()) == closer:
             return False
@@ -79,13 +82,13 @@ def _json_number(text: str) -> str | None:
 
 
 def read_string(source: Source, sink: Sink) -> Reader[None]:
-    """A string in any of Python's quotes, without a prefix."""
+    """Read a string in any of Python's quotes, without a prefix. Raises Fault."""
     quote = yield from source.peek()
     if quote not in "'\"":
         raise Fault
     source.advance(1)
     end = quote
-    if (yield from source.peek()) == quote:  # empty, or the first of three
+    if (yield from source.peek()) == quote:  # an empty string, or triple quotes
         source.advance(1)
         if not (yield from _follows(source, quote)):
             sink('""')
@@ -109,7 +112,7 @@ def read_string(source: Source, sink: Sink) -> Reader[None]:
 
 
 def _follows(source: Source, char: str) -> Reader[bool]:
-    """Whether `char` is next; nothing need follow."""
+    """Whether `char` comes next. False if the text has ended."""
     while source.position == len(source.text):
         if source.is_ended:
             return False
@@ -118,7 +121,9 @@ def _follows(source: Source, char: str) -> Reader[bool]:
 
 
 def _read_escape(source: Source) -> Reader[str]:
-    """The character that an escape stands for; one that Python does not know stays as it is."""
+    """The character that an escape stands for. An escape that Python does not know
+    stays as it is.
+    """
     while len(source.text) - source.position < 2:
         if source.is_ended:
             raise Ended
@@ -146,10 +151,10 @@ def _read_escape(source: Source) -> Reader[str]:
 
 
 def json_of(text: str) -> str | None:
-    """The JSON of a whole Python literal; None where it is not one."""
+    """The JSON of a text that is one Python literal; None if it is not."""
     source = Source()
     source.is_open = source.is_ended = True
-    source.feed(text.strip() + "\n")  # a scalar ends with what follows it
+    source.feed(text.strip() + "\n")  # a scalar ends only where another character follows
     pieces: list[str] = []
     try:
         for _ in read_literal(source, pieces.append):

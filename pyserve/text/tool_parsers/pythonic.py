@@ -1,4 +1,4 @@
-"""Calls as a list of Python's: [get_weather(city="Paris", days=2), now()]."""
+"""Calls as a Python list: [get_weather(city="Paris", days=2), now()]."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAME_CHARS = re.compile(r"[A-Za-z0-9_.]*")
 
 
 class PythonicParser(Parser):
-    """Arguments have names and are literals; they are delivered as JSON."""
+    """Arguments are keyword arguments with literal values; they are delivered as JSON."""
 
     markers = ("<|python_start|>",)
     bare = "["

@@ -1,4 +1,4 @@
-"""Qwen3-Coder's calls, in tags:
+"""Qwen3-Coder's calls, which are written in tags:
 
     <tool_call>
     <function=get_weather>
@@ -8,7 +8,7 @@
     </function>
     </tool_call>
 
-Values are bare text. What they are in JSON follows from the tool's schema.
+Values are bare text. The tool's schema tells which JSON values they are.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from pyserve.text.tool_parsers.written import Written
 _NAME_CHARS = re.compile(r"[^<>\n]*")
 _FUNCTION, _PARAMETER = "<function=", "<parameter="
 _END_FUNCTION = "</function>"
-# What stands before a value's end that may be the end's beginning: "\n</param".
+# What the text may end with while the end of a value arrives, the longest first: "\n</param".
 _BEGINNINGS = tuple(f"\n{END_VALUE}"[:n] for n in range(len(END_VALUE), 0, -1))
 _BEGINNINGS += tuple(END_VALUE[:n] for n in range(len(END_VALUE) - 1, 0, -1))
 
 
 class QwenCoderParser(Parser):
-    """Strings are delivered as they come, other values when they are whole."""
+    """Strings are delivered as they arrive, other values when they are complete."""
 
     markers = ("<tool_call>",)
     starts = (_FUNCTION,)
@@ -77,7 +77,7 @@ class QwenCoderParser(Parser):
         self.close()
 
     def _read_text(self) -> Reader[None]:
-        """A string. One line break at either end belongs to the tags."""
+        """Read a string. One line break at either end belongs to the tags."""
         source = self.source
         self.say('"')
         yield from source.peek()

@@ -1,4 +1,4 @@
-"""The parsers of tool calls by the names that --tool-call-parser knows."""
+"""The tool call parsers, by their names for --tool-call-parser."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def make_parser(name: str, tools: Tools) -> Parser:
 
 
 def literals(name: str) -> tuple[str, ...]:
-    """All that a format marks calls with: where it is a special token, a text must show it."""
+    """All texts that mark calls in a format. Those that are special tokens must be shown in the
+    text.
+    """
     if name in FORMATS:
         return FORMATS[name].literals
     parser = _CLASSES[name]
@@ -36,17 +38,17 @@ def literals(name: str) -> tuple[str, ...]:
 
 
 def check_name(name: str | None) -> None:
-    """Raises ConfigError where --tool-call-parser names no parser."""
+    """Raise ConfigError if no parser has the name that was given for --tool-call-parser."""
     if name is not None and name not in NAMES:
         raise ConfigError(f"--tool-call-parser must be one of {', '.join(NAMES)}, got {name[:80]}")
 
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """A format together with the model that writes it.
+    """A tool call format together with the model that writes it.
 
-    marker_ids  special tokens that mark calls, which the text must show to the parser.
-    written     what a grammar holds the model to.
+    written     how a grammar makes the model write calls.
+    marker_ids  special tokens that mark calls: the text that the parser gets must show them.
     """
 
     name: str
@@ -55,14 +57,16 @@ class ToolFormat:
 
     @classmethod
     def named(cls, name: str | None, tokenizer: Tokenizer) -> ToolFormat | None:
-        """None where no parser is named."""
+        """The format with this name for a tokenizer's model. None if the name is None."""
         if name is None:
             return None
         ids = {tokenizer.token_to_id(literal) for literal in literals(name)}
         return cls(name, _written(name, tokenizer), tokenizer.special_token_ids & ids)
 
     def fitted_id(self, given: str) -> str:
-        """The id of a call in a client's messages, in the form that the model's template wants."""
+        """The id of a call in a client's message, changed to the form that the model's template
+        requires.
+        """
         row = FORMATS.get(self.name)
         return fitted_id(given, row.num_id_chars) if row is not None else given
 
@@ -75,7 +79,7 @@ JSON_FORMAT = ToolFormat(PLAIN_JSON, FORMATS[PLAIN_JSON].written[0])
 
 
 def _written(name: str, tokenizer: Tokenizer) -> Written:
-    """The form whose marks are tokens of the model; the last where none has such."""
+    """The first form whose marks are all tokens of the model; the last one if there is none."""
     several = FORMATS[name].written if name in FORMATS else _CLASSES[name].written
     for written in several[:-1]:
         text = written.around[0] + written.call[0]

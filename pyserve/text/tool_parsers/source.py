@@ -1,8 +1,8 @@
-"""The text of an answer, read character by character while it comes.
+"""The text of an answer, read character by character while it arrives.
 
-A parser is a generator: where it needs more text than there is, it yields, and goes on when more
-has come. It sees characters and never how they were cut into pieces, so that what it finds does not
-depend on that.
+A parser is a generator: it yields when it needs more text than has arrived, and is resumed when
+there is more. It never sees how the text was cut into pieces, so its result does not depend on
+that.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from collections.abc import Callable, Generator
 from typing import TypeVar
 
 R = TypeVar("R")
-Reader = Generator[None, None, R]  # yields where it needs more text
-Sink = Callable[[str], None]  # takes what has been read
+Reader = Generator[None, None, R]  # yields when it needs more text
+Sink = Callable[[str], None]  # receives the text that has been read
 
-MAX_HELD_CHARS = 2**16  # read of a call before it is known to be one
+MAX_HELD_CHARS = 2**16  # characters read of a possible call before it is known to be one
 WHITE = " \t\r\n"
 _WHITE = re.compile(f"[{WHITE}]*")
 
 
 class Fault(Exception):
-    """The text is not a call, or has stopped being one, at the position of the source."""
+    """The text is not a call, or has stopped being one, at the current position."""
 
 
 class Ended(Fault):
-    """The text has ended within a call."""
+    """The text ends within a call."""
 
 
 class Source:
-    """What has come of a text and has not been delivered.
+    """The text of an answer that has arrived and has not been delivered.
 
-    position  of the next character to read.
-    settled   what stands before it has been delivered, and is forgotten when more comes.
-    is_open   a call has begun, so that text is delivered as it is read: nothing is held back.
+    position  index of the next character to read.
+    settled   index up to which the text has been delivered; it is forgotten when more arrives.
+    is_open   a call has begun, so text is delivered as it is read instead of being held back.
     """
 
     __slots__ = ("text", "position", "settled", "is_ended", "is_open")
@@ -46,13 +46,13 @@ class Source:
         self.is_open = False
 
     def feed(self, text: str) -> None:
-        """More of the text."""
+        """Append text that has arrived."""
         self.text = self.text[self.settled :] + text
         self.position -= self.settled
         self.settled = 0
 
     def settle(self) -> None:
-        """All that was read is delivered."""
+        """Mark all text that was read as delivered."""
         self.settled = self.position
 
     @property
@@ -60,7 +60,9 @@ class Source:
         return self.position - self.settled
 
     def advance(self, count: int) -> str:
-        """The next `count` characters, which are there. Raises Fault where too many are held."""
+        """Read the next `count` characters, which must have arrived. Raises Fault if too many are
+        held.
+        """
         start = self.position
         self.position += count
         if not self.is_open and self.num_held > MAX_HELD_CHARS:
@@ -68,7 +70,7 @@ class Source:
         return self.text[start : self.position]
 
     def peek(self) -> Reader[str]:
-        """The next character. Raises Ended."""
+        """The next character, without reading it. Raises Ended."""
         while self.position == len(self.text):
             if self.is_ended:
                 raise Ended
@@ -76,7 +78,7 @@ class Source:
         return self.text[self.position]
 
     def skip_white(self) -> Reader[str]:
-        """White space, and then a character that is not. Raises Ended."""
+        """Read white space, up to a character that is none. Raises Ended."""
         white = ""
         while True:
             match = _WHITE.match(self.text, self.position)
@@ -87,12 +89,14 @@ class Source:
             yield from self.peek()
 
     def expect(self, literal: str) -> Reader[None]:
-        """Read `literal`. Raises Fault where something else stands there."""
+        """Read `literal`. Raises Fault if something else comes, and Ended if the text ends within
+        it.
+        """
         if not (yield from self.accept(literal)):
             raise Fault
 
     def accept(self, literal: str) -> Reader[bool]:
-        """Whether `literal` comes next; it has been read then. Raises Ended within it."""
+        """Read `literal` if it comes next, and return whether it did. Raises Ended within it."""
         while not self.text.startswith(literal, self.position):
             rest = self.text[self.position : self.position + len(literal)]
             if len(rest) == len(literal) or not literal.startswith(rest):
@@ -104,9 +108,10 @@ class Source:
         return True
 
     def run(self, pattern: re.Pattern[str], max_chars: int) -> Reader[str]:
-        """As many characters as `pattern`, a repeated class, matches, up to one that it does not.
+        """Read all characters that `pattern`, a repeated character class, matches.
 
-        Raises Fault where there are more than `max_chars`, and Ended, both in front of them.
+        Nothing is read if it raises: Fault if there are more than `max_chars`, Ended if the text
+        ends before a character that does not match.
         """
         while True:
             match = pattern.match(self.text, self.position)

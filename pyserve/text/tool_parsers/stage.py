@@ -1,10 +1,10 @@
-"""The stage that finds tool calls in the text of an answer, for every format.
+"""The stage that finds tool calls in the text of an answer, common to all formats.
 
-A format says where calls begin (`Parser.begins`) and reads them (`Parser.read_calls`). What is
-common stands here. Text that is no call is content. A call is delivered as it comes, from the
-moment that its name and the beginning of its arguments are known; what turns out not to be a call
-before that is content, once and whole. A call that goes wrong later keeps what was delivered of it,
-and the text goes on as content from there.
+A format says what begins a call (`Parser.begins`) and reads calls (`Parser.read_calls`). Text that
+is not part of a call is content. A call is delivered piece by piece, as soon as its name and the
+beginning of its arguments are known. If text turns out not to be a call before that, it is
+delivered as content, completely and once. If a call goes wrong later, what was delivered of it
+stays a call, and the text from there on is content.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import msgspec
 from pyserve.text.parts import Content, Part, ToolCall, joined
 from pyserve.text.tool_parsers.source import WHITE, Ended, Fault, Reader, Source
 
-MAX_CALLS = 128  # of one answer; what follows is content
-MAX_FAULTS = 256  # of one answer: beginnings that are no calls, each looked at twice
+MAX_CALLS = 128  # per answer; text after the last of them is content
+MAX_FAULTS = 256  # per answer: beginnings that are no calls, each of which is scanned twice
 MAX_NAME_CHARS = 256
-MAX_WHITE_CHARS = 1024  # held back until it is known whether a call follows
+MAX_WHITE_CHARS = 1024  # white space held back until it is known whether a call follows
 _ID_CHARS = string.ascii_letters + string.digits
 _WHITE = re.compile(f"[{WHITE}]*")
 _CLOSING = re.compile(rf"[{WHITE}\]}}]*")
@@ -38,12 +38,17 @@ def plain_id() -> str:
 
 
 def short_id(num_chars: int) -> str:
-    """So many letters or digits: Mistral's templates refuse any id that is not nine of them."""
+    """A random id of `num_chars` letters and digits: Mistral's templates accept only
+    ids of nine.
+    """
     return "".join(secrets.choice(_ID_CHARS) for _ in range(num_chars))
 
 
 def fitted_id(given: str, num_chars: int) -> str:
-    """The same id in that form, also where it was made by another server."""
+    """The id if it has that form, else one derived from it: another server may have made it.
+
+    num_chars  number of letters and digits; 0: any id will do.
+    """
     if num_chars == 0 or (len(given) == num_chars and set(given) <= set(_ID_CHARS)):
         return given
     return hashlib.blake2b(given.encode(), digest_size=num_chars).hexdigest()[:num_chars]
@@ -51,13 +56,14 @@ def fitted_id(given: str, num_chars: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What a parser is told of the request's tools.
+    """What a parser needs to know of a request's tools.
 
-    parameters  name -> JSON schema of its arguments.
-    max_calls   further calls are dropped: 1 without parallel_tool_calls.
-    make_id     the id of a call that the text gives none.
-    trigger     a grammar knows calls by this, or "" by how the answer begins, so that nothing else
-                is one; None: no grammar does.
+    parameters  tool name -> JSON schema of its arguments.
+    max_calls   further calls are dropped: 1 where parallel_tool_calls is false.
+    make_id     makes the id of a call for which the text has none; None: as the format does.
+    trigger     where a grammar constrains the answer: the text by which the grammar recognises a
+                call, so that nothing else is a call; "" if it recognises calls at the start of the
+                answer only. None without a grammar.
     """
 
     parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -67,13 +73,13 @@ class Tools:
 
 
 class Parser(ABC):
-    """Of one answer; a Stage.
+    """A Stage for one answer.
 
-    markers  begin calls, and are read before `read_calls`.
-    starts   begin calls without a marker, anywhere in the text, and are left to `read_calls`.
-    bare     characters that begin calls without a marker at the start of the text. They also begin
-             other texts, so that such a call must name one of the request's tools.
-    closers  may stand behind calls; markup.
+    markers  texts that begin calls, and are consumed before `read_calls`.
+    starts   texts that begin calls anywhere, and are left for `read_calls` to read.
+    bare     characters that begin calls without a marker, at the start of the text only. Other
+             texts may begin with them too, so such a call must name one of the request's tools.
+    closers  texts that may follow calls, and are dropped as markup.
     """
 
     markers: tuple[str, ...] = ()
@@ -81,7 +87,9 @@ class Parser(ABC):
     bare: str = ""
     closers: tuple[str, ...] = ()
     make_id: Callable[[], str] = staticmethod(plain_id)
-    is_rest_json: ClassVar[bool] = True  # what is left of arguments at the end of the text
+    # When the text ends within a call: whether the rest that was not delivered belongs to its
+    # arguments, or is content.
+    is_rest_json: ClassVar[bool] = True
 
     def __init__(self, tools: Tools) -> None:
         self.tools = tools
@@ -108,18 +116,20 @@ class Parser(ABC):
         return (*self.markers, *self.starts)
 
     def _begins_by_text(self) -> dict[str, str]:
-        """What is looked for -> what of `begins` that is, or begins with."""
+        """Text to search for -> the element of `begins` that it is, or begins with."""
         trigger = self.tools.trigger
         if trigger is None:
             return {text: text for text in self.begins}
-        if trigger in self.starts:  # markers may stand in front of it, and are markup then
+        if trigger in self.starts:  # a marker may precede it, and is dropped as markup
             return {text: text for text in (*self.markers, trigger)}
         marker = next((text for text in self.markers if trigger.startswith(text)), None)
         return {} if marker is None else {trigger: marker}
 
     @abstractmethod
     def read_calls(self, *, is_bare: bool) -> Reader[None]:
-        """Read the calls behind a marker, up to their end, by open, say and close."""
+        """Read the calls from a marker to their end, by means of `open`, `say` and `close`. Raises
+        Fault where the text is not a call.
+        """
 
     def push(self, content: Content) -> Sequence[Part]:
         self._tokens += content.tokens
@@ -133,7 +143,9 @@ class Parser(ABC):
         return self._take()
 
     def open(self, name: str, *, call_id: str | None = None, is_bare: bool = False) -> None:
-        """A call begins, and what was held of it is markup. Raises Fault where it cannot be one."""
+        """Begin a call; what was held of it until now is dropped as markup. Raises Fault if it
+        cannot be a call.
+        """
         if not 1 <= len(name) <= MAX_NAME_CHARS or self._num_calls == MAX_CALLS:
             raise Fault
         if is_bare and name not in self.tools.parameters:
@@ -145,13 +157,15 @@ class Parser(ABC):
         self.source.settle()
 
     def say(self, arguments: str) -> None:
-        """The next piece of the open call's arguments; all that was read is delivered by it."""
+        """Deliver the next piece of the open call's arguments, and mark as delivered all that was
+        read.
+        """
         if arguments:
             self._add(ToolCall(self._num_calls - 1, arguments=arguments))
         self.source.settle()
 
     def close(self) -> None:
-        """The open call has all of its arguments."""
+        """End the open call: its arguments are complete."""
         self.source.is_open = False
         self.source.settle()
 
@@ -160,7 +174,7 @@ class Parser(ABC):
             self._parts.append(part)
 
     def _deliver(self, end: int) -> None:
-        """All up to a position is content."""
+        """Deliver all text up to position `end` as content."""
         source = self.source
         if end > source.settled:
             self._parts.append(Content(source.text[source.settled : end]))
@@ -169,7 +183,7 @@ class Parser(ABC):
         source.settle()
 
     def _take(self) -> list[Part]:
-        """The parts of one push, neighbours of one kind put together."""
+        """The parts found by one push, with neighbours of the same kind joined."""
         parts = self._parts if len(self._parts) < 2 else joined(self._parts)
         self._parts = []
         if self._tokens and (parts or self.source.is_ended):
@@ -179,13 +193,13 @@ class Parser(ABC):
         return parts
 
     def _read(self) -> Reader[None]:
-        """The whole text: content, calls, content."""
+        """Read the whole text: content, calls, content and so on."""
         source = self.source
         is_start = True
         while (begin := (yield from self._read_content(is_start))) is not None:
             is_start = False
             num_calls = self._num_calls
-            num_read = source.num_held + len(begin)  # white space stands in front of it
+            num_read = source.num_held + len(begin)  # the held text is white space before it
             try:
                 if begin in self.markers:
                     source.advance(len(begin))
@@ -204,9 +218,10 @@ class Parser(ABC):
             yield from self._read_closers()
 
     def _read_content(self, is_start: bool) -> Reader[str | None]:
-        """Deliver content up to what begins a call, and return that; None: the text has ended.
+        """Deliver content up to the beginning of a call, and return what begins it; None once the
+        text has ended.
 
-        White space around calls is markup: it is held back until it is known what follows.
+        White space around calls is markup, so it is held back until it is known what follows it.
         """
         source = self.source
         while is_start and self.bare:
@@ -228,7 +243,9 @@ class Parser(ABC):
             yield
 
     def _find_begin(self) -> str | None:
-        """What begins the next call; the content in front of it is delivered, as far as it goes."""
+        """What begins the next call, or None if no call has begun. Content before it is
+        delivered.
+        """
         source = self.source
         text, start = source.text, source.settled
         is_over = self._num_faults >= MAX_FAULTS
@@ -248,7 +265,7 @@ class Parser(ABC):
         return None
 
     def _num_begun(self, text: str, start: int) -> int:
-        """Characters at the end of the text that may become something that begins a call."""
+        """Number of characters at the end of the text that may become the beginning of a call."""
         match = self._search_first(text, max(start, len(text) - self._max_begin + 1))
         if match is not None:
             for at in range(match.start(), len(text)):
@@ -257,7 +274,9 @@ class Parser(ABC):
         return 0
 
     def _read_closers(self) -> Reader[None]:
-        """Pass over what closes calls, also where there is too much of it."""
+        """Skip a closer after the calls, with white space and surplus closing brackets
+        before it.
+        """
         source = self.source
         while True:
             match = _CLOSING.match(source.text, source.settled)
@@ -283,7 +302,7 @@ class Parser(ABC):
         source.position = source.settled
 
     def _end_arguments(self) -> None:
-        """The text has ended within the arguments of a call."""
+        """Deliver what is left when the text has ended within the arguments of a call."""
         source = self.source
         rest = source.text[source.settled :]
         source.position = len(source.text)

@@ -1,4 +1,4 @@
-"""Values of Qwen3-Coder's calls: bare text, and the JSON that it is by the tool's schema."""
+"""Argument values of Qwen3-Coder's calls: bare text -> the JSON that the tool's schema asks for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ END_VALUE = "</parameter>"
 
 
 def types_of(schema: Any) -> frozenset[str]:
-    """The JSON types that a schema allows; empty: it does not say."""
+    """The JSON types that a schema allows; empty if it does not say."""
     if not isinstance(schema, Mapping):
         return frozenset()
     said = schema.get("type")
@@ -37,7 +37,7 @@ def _type_of(value: Any) -> str:
 
 
 def as_json(value: str, types: frozenset[str]) -> str:
-    """The value as JSON of one of these types, where it can be one; else a string."""
+    """The value as JSON of one of these types, if it can be read so; otherwise as a JSON string."""
     text = value.strip()
     found = _json_in(text)
     if found is not None:
@@ -49,7 +49,9 @@ def as_json(value: str, types: frozenset[str]) -> str:
 
 
 def _json_in(text: str) -> str | None:
-    """JSON as it stands, or that of a Python literal."""
+    """The text itself if it is JSON, or the JSON of the Python literal that it is; None for any
+    other text.
+    """
     for candidate in (text, json_of(text)):
         try:
             if candidate is not None:

@@ -1,4 +1,4 @@
-"""Calls of tools as structural tags: what a grammar holds a model to (text/grammar_tags.py)."""
+"""Tool calls as structural tags, from which text/grammar_tags.py makes the grammar for a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pyserve.text.tool_parsers.written import NAME, Written
 
 Tag = dict[str, Any]
 
-# Parts of a schema that may have properties of their own.
+# Keywords that may allow further properties of the same object.
 _COMBINED = frozenset(
     "$ref $dynamicRef $recursiveRef anyOf oneOf allOf if dependentSchemas dependencies "
     "patternProperties unevaluatedProperties".split()
@@ -20,10 +20,11 @@ _COMBINED = frozenset(
 def must_call(
     written: Written, parameters: Mapping[str, Mapping[str, Any]], *, is_single: bool
 ) -> Tag:
-    """Nothing but calls, one at least.
+    """A tag that allows nothing but calls, at least one.
 
+    written     how the model writes calls.
     parameters  tool name -> JSON schema of its arguments.
-    is_single   one at most, too.
+    is_single   at most one call.
     """
     return _whole(written, parameters, is_single=is_single)
 
@@ -31,7 +32,9 @@ def must_call(
 def may_call(
     written: Written, parameters: Mapping[str, Mapping[str, Any]], *, is_single: bool
 ) -> Tag:
-    """Any text, in which what begins as a call is one: by the trigger, or at the start."""
+    """A tag that allows any text, but in which whatever begins like a call must be one. A call is
+    recognised by its trigger, or at the start of the answer if the form has none.
+    """
     trigger = written.trigger
     if not trigger:
         calls = _whole(written, parameters, is_single=is_single)
@@ -41,7 +44,8 @@ def may_call(
         whole = _whole(written, parameters, is_single=is_single, begun=trigger)
         tags = [{"begin": trigger, "content": whole, "end": ""}]
     else:
-        begun = written.call[0].partition(trigger)[0]  # markup, which is text here
+        # Text before the trigger, which counts as free text here.
+        begun = written.call[0].partition(trigger)[0]
         tags = _calls(written, parameters, begun=begun)
     return {"type": "triggered_tags", "triggers": [trigger], "tags": tags}
 
@@ -53,7 +57,7 @@ def _whole(
     is_single: bool,
     begun: str = "",
 ) -> Tag:
-    """All calls, and what stands around them but for `begun`."""
+    """All calls with the text around them, without its beginning `begun`."""
     calls = {
         "type": "tags_with_separator",
         "tags": _calls(written, parameters),
@@ -67,7 +71,7 @@ def _whole(
 
 
 def without_words(written: Written, parameters: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Names of functions whose calls cannot be held to this form -> why."""
+    """Name of each function whose calls cannot be held to this form -> why."""
     found = {}
     for name, schema in parameters.items():
         try:
@@ -99,8 +103,8 @@ def _text(value: str) -> Tag | None:
 
 
 def _as_object(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Arguments are an object, also where the schema does not say so, and have the names that it
-    lists: what a function does not know fails in the client.
+    """The schema with the type object, and without properties that it does not list: the client
+    would not know what to do with those. A schema with combined parts stays as it is.
     """
     if _COMBINED & schema.keys():
         return schema

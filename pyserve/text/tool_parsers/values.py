@@ -1,4 +1,4 @@
-"""Values within values, read as they come: what JSON and Python's literals have in common."""
+"""Nested values, read while they arrive: what JSON and Python literals have in common."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from abc import ABC, abstractmethod
 
 from pyserve.text.tool_parsers.source import Fault, Reader, Sink, Source
 
-MAX_DEPTH = 64  # of lists and objects
-MAX_SCALAR_CHARS = 512  # of a number
+MAX_DEPTH = 64  # nesting of lists and objects
+MAX_SCALAR_CHARS = 512  # length of a number or word
 _CLOSER = {"{": "}", "[": "]"}
 
 
 class ValueReader(ABC):
-    """Reads one value after the other; JSON goes to `sink`.
+    """Reads values one after the other, and writes them to `sink` as JSON.
 
-    quotes  characters that a string begins with.
+    quotes  characters that begin a string.
     """
 
     quotes = '"'
@@ -24,7 +24,7 @@ class ValueReader(ABC):
         self.sink = sink
 
     def read(self) -> Reader[None]:
-        """A value, from its first character on. Raises Fault at what is none."""
+        """Read one value from its first character on. Raises Fault if there is none."""
         source, closers = self.source, list[str]()
         while True:
             first = yield from source.peek()
@@ -46,7 +46,9 @@ class ValueReader(ABC):
                 return
 
     def _go_on(self, closers: list[str]) -> Reader[bool]:
-        """What follows a value, up to the next one; False: the outermost value has ended."""
+        """Read what follows a value, up to the next value. False if the outermost value
+        has ended.
+        """
         while closers:
             yield from self.white()
             if (yield from self.comma(closers[-1])):
@@ -59,20 +61,20 @@ class ValueReader(ABC):
 
     @abstractmethod
     def white(self) -> Reader[None]:
-        """White space."""
+        """Read white space."""
 
     @abstractmethod
     def comma(self, closer: str) -> Reader[bool]:
-        """Up to the next value or key; False: up to `closer`, which is next. Raises Fault."""
+        """Read up to the next value or key. False if `closer` comes next, unread. Raises Fault."""
 
     @abstractmethod
     def key(self) -> Reader[None]:
-        """A key, its colon and the white space behind it."""
+        """Read a key, its colon and the white space after it."""
 
     @abstractmethod
     def string(self) -> Reader[None]:
-        """A string, its quotes included."""
+        """Read a string with its quotes."""
 
     @abstractmethod
     def scalar(self) -> Reader[None]:
-        """A number or a word."""
+        """Read a number or a word."""

@@ -1,4 +1,4 @@
-"""What a model that is held to a format of calls writes."""
+"""How a model writes tool calls when a grammar holds it to a format."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from dataclasses import dataclass
 
 from pyserve.text.tool_parsers.arguments import Form, written_arguments
 
-NAME = "NAME"  # stands where that of the function does
+NAME = "NAME"  # placeholder for the function's name
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """One form, to the letter but for names and arguments.
+    """One way to write calls, exact except for names and arguments.
 
-    call     around the arguments of one call; the first has `NAME` where the name stands.
-    around   all calls of an answer.
-    between  two calls.
-    trigger  by which a call is told from other text: the beginning of all that, or of what stands
-             in it behind markup; "": there is none.
-    bare     the character that all that begins with at the start of an answer, and other text not.
-    form     of the arguments.
+    call     text before and after the arguments of one call; the first has NAME for the name.
+    around   text before and after all calls of an answer.
+    between  text between two calls.
+    trigger  text by which a grammar recognises calls among other text. It begins the whole, or a
+             call of it, maybe after markup. "" if there is none.
+    bare     without a trigger: the character that calls begin with, at the start of an answer.
+             Other text may not begin with it.
+    form     how arguments are written.
     """
 
     call: tuple[str, str]
@@ -31,7 +32,7 @@ class Written:
     form: Form = "json"
 
     def text(self, calls: Sequence[tuple[str, str]]) -> str:
-        """What is written for calls: pairs of a name and its arguments as JSON."""
+        """The text of some calls: pairs of a name and its arguments as JSON."""
         begin, end = self.call
         written = [
             begin.replace(NAME, name) + written_arguments(self.form, arguments) + end
