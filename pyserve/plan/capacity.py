@@ -1,4 +1,4 @@
-"""Capacity: what of a model fits a card, by the planner's formulas; the card need not be here."""
+"""Capacity: how much of a model fits on a card, by the planner's formulas. No card is needed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ UNLIMITED = CardMemory(total_bytes=2**50, used_bytes=CONTEXT_BYTES)
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """A model, the settings it would run with, a card's memory, and the plan for it."""
+    """A model, the settings to run it with, a card's memory, and the memory plan for all of these.
+
+    With tensor parallelism, memory and plan are those of one card.
+    """
 
     model: ModelConfig
     config: EngineConfig
@@ -31,16 +34,18 @@ class Capacity:
 
     @property
     def num_tokens(self) -> int:
-        """Of the KV cache."""
+        """Number of tokens that the KV cache holds."""
         return self.plan.num_blocks * self.config.block_size
 
     def longest_context(self, num_seqs: int) -> int:
-        """Of each of num_seqs sequences that run at once; 0 where they do not."""
+        """Longest context in tokens if num_seqs sequences run at once; 0 if so many do not fit."""
         blocks_each = self.plan.num_blocks // num_seqs
         return min(self.plan.max_model_len, blocks_each * self.config.block_size)
 
     def bytes_for(self, context_len: int, num_seqs: int) -> int:
-        """The whole ledger where that is what the KV cache must hold, on any card."""
+        """Bytes of one card that are needed for num_seqs contexts of context_len tokens in the KV
+        cache, and for everything else in the ledger. The size of the card does not matter.
+        """
         num_blocks = num_seqs * num_blocks_for(context_len, self.config.block_size)
         config = dataclasses.replace(
             self.config,
@@ -53,13 +58,16 @@ class Capacity:
 
 
 def named_memory(card: Card) -> CardMemory:
-    """What a card of that kind shows when nothing but our CUDA context is on it."""
+    """The memory that CUDA shows of such a card with only our CUDA context on it."""
     return CardMemory(total_bytes=card.memory_mib * MIB, used_bytes=CONTEXT_BYTES)
 
 
 def sizes_on_card(model: ModelConfig, config: EngineConfig, *, tp_size: int = 1) -> ModelSizes:
-    """Raises ConfigError where a card cannot run its dtype or one of tp_size parts. What else a
-    card's kernels lack for it is the caller's to say: ModelConfig.lacking_on_cuda."""
+    """The sizes of a model on one of `tp_size` cards.
+
+    Raises ConfigError if cards cannot run its dtype or cannot share its layers. The caller checks
+    what else the kernels on a card lack for the model: ModelConfig.lacking_on_cuda.
+    """
     dtype = devices.resolve_dtype(config.dtype, model.dtype, CUDA)
     return measure_model(model, dtype, tp_size=tp_size)
 
@@ -67,10 +75,10 @@ def sizes_on_card(model: ModelConfig, config: EngineConfig, *, tp_size: int = 1)
 def find_capacity(
     model: ModelConfig, config: EngineConfig, sizes: ModelSizes, memory: CardMemory
 ) -> Capacity:
-    """Raises PlanError, with the ledger, where it does not fit."""
+    """The capacity of a card for a model. Raises PlanError, with the ledger, if it does not fit."""
     return Capacity(model, config, sizes, memory, _plan(config, sizes, memory))
 
 
 def _plan(config: EngineConfig, sizes: ModelSizes, memory: CardMemory) -> MemoryPlan:
-    """planner.plan_memory, as the server calls it."""
+    """The memory plan, made by planner.plan_memory as in the server. Raises PlanError."""
     return plan_memory(sizes.shapes, config, weight_bytes=sizes.weight_bytes, memory=memory)

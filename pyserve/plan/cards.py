@@ -1,8 +1,9 @@
-"""NVIDIA cards that people rent, as data: what each really shows and reaches.
+"""NVIDIA cards that people rent, as data: the memory that each really shows, the rates it reaches.
 
-Memory is what CUDA shows (cudaMemGetInfo's total, which torch's out-of-memory messages quote under
-drivers of 2024 to 2026; nvidia-smi shows up to 4 GiB more). Rates are what is reached, not what the
-datasheet says: measured where `source` says so, else the datasheet's times the factors below.
+Memory is what CUDA shows: the total of cudaMemGetInfo, which torch's out-of-memory messages quote,
+under drivers of 2024 to 2026. nvidia-smi shows up to 4 GiB more. Rates are what a card reaches, not
+what its datasheet says: measured where `source` says so, otherwise the datasheet's rates times the
+factors below.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from pyserve.engine.planner import MIB
 from pyserve.errors import ConfigError
 from pyserve.ops.cuda_card import MIN_CAPABILITY
 
-# What cards of each kind of memory reach of the datasheet where somebody measured: 0.91 (3090) and
-# 0.93 (4090); 0.83 (A100), 0.87 (H100) and 0.88 (H200).
+# The part of the datasheet's bandwidth that is reached, by kind of memory. Measured: 0.91 (3090)
+# and 0.93 (4090) with GDDR; 0.83 (A100), 0.87 (H100) and 0.88 (H200) with HBM.
 OF_GDDR, OF_HBM = 0.90, 0.85
-OF_FLOPS = 0.75  # cuBLAS on an H200: 736 of 989 TFLOP/s; cards of under 200 W throttle below it
-# A CUDA context takes 0.3 to 0.6 GiB, more where there are more SMs.
+# The part of the datasheet's TFLOP/s that cuBLAS reaches: 736 of 989 on an H200. Cards under 200 W
+# throttle and reach less.
+OF_FLOPS = 0.75
+# A CUDA context takes 0.3 to 0.6 GiB, more on cards with more SMs.
 CONTEXT_BYTES = 512 * MIB
 
 
@@ -27,10 +30,13 @@ CONTEXT_BYTES = 512 * MIB
 class Card:
     """One kind of card.
 
-    memory_mib     what CUDA shows of it
-    bandwidth_tb   TB/s (10^12 bytes) that a kernel reads
-    bf16_tflops    dense, accumulated in float32
-    source         of the two rates
+    memory_mib    memory that CUDA shows, in MiB
+    bandwidth_tb  bandwidth that a reading kernel reaches, in TB/s (10^12 bytes)
+    bf16_tflops   TFLOP/s that dense bf16 matrix products reach, accumulated in float32
+    num_sms       number of streaming multiprocessors
+    capability    compute capability, (major, minor)
+    source        where the two rates come from
+    aliases       other names, by which torch or people call the card
     """
 
     name: str
@@ -40,14 +46,17 @@ class Card:
     num_sms: int
     capability: tuple[int, int]
     source: str
-    aliases: tuple[str, ...] = ()  # what torch or people call it besides
+    aliases: tuple[str, ...] = ()
 
 
 def _by_datasheet(
     name: str, gib: float, gb_per_s: float, tflops: float, num_sms: int,
     capability: tuple[int, int], *aliases: str, factor: float = OF_GDDR,
 ) -> Card:  # fmt: skip
-    """A card nobody measured for us: the datasheet's GB/s and dense TFLOP/s, times the factors."""
+    """A card without measurements: its datasheet's GB/s and dense TFLOP/s times the factors.
+
+    gib  memory that CUDA shows.
+    """
     source = f"datasheet x {factor:.2f} (bandwidth) and x {OF_FLOPS} (FLOP)"
     return Card(
         name, round(gib * 1024), gb_per_s * factor / 1000, tflops * OF_FLOPS, num_sms, capability,
@@ -59,7 +68,10 @@ def _measured(
     name: str, gib: float, bandwidth_tb: float, tflops: float, num_sms: int,
     capability: tuple[int, int], *aliases: str, by: str,
 ) -> Card:  # fmt: skip
-    """A card whose bandwidth is known; TFLOP/s are the datasheet's, times the factor."""
+    """A card whose bandwidth has been measured; TFLOP/s are the datasheet's times OF_FLOPS.
+
+    by  who measured the bandwidth, or with what.
+    """
     source = f"bandwidth measured ({by}); FLOP: datasheet x {OF_FLOPS}"
     return Card(
         name, round(gib * 1024), bandwidth_tb, tflops * OF_FLOPS, num_sms, capability, source,
@@ -67,7 +79,8 @@ def _measured(
     )  # fmt: skip
 
 
-# TFLOP/s of a datasheet: dense bf16 accumulated in float32, which GeForce cards do at half rate.
+# The TFLOP/s are the datasheet's for dense bf16 accumulated in float32, which GeForce cards do at
+# half the rate.
 CARDS: tuple[Card, ...] = (
     _by_datasheet("RTX 3060 12GB", 11.76, 360, 25.6, 28, (8, 6), "RTX 3060"),
     _by_datasheet("RTX 3060 Ti", 7.78, 448, 32.4, 38, (8, 6)),
@@ -100,7 +113,7 @@ CARDS: tuple[Card, ...] = (
     _by_datasheet("RTX A6000", 47.40, 768, 154.8, 84, (8, 6), "A6000"),
     _by_datasheet("RTX 6000 Ada", 47.40, 960, 364, 142, (8, 9), "RTX 6000 Ada Generation"),
     _by_datasheet("A10", 22.03, 600, 125, 72, (8, 6)),
-    # Amazon's variant: the same memory, tensor cores at little more than half the rate.
+    # Amazon's variant: the same memory, but tensor cores with little more than half the rate.
     _by_datasheet("A10G", 22.03, 600, 70, 72, (8, 6)),
     _by_datasheet("A40", 44.39, 696, 149.7, 84, (8, 6)),
     _by_datasheet("L4", 22.03, 300, 121, 58, (8, 9)),
@@ -126,16 +139,17 @@ CARDS: tuple[Card, ...] = (
     _by_datasheet("B200", 178.35, 7700, 2250, 148, (10, 0), factor=OF_HBM),
 )  # fmt: skip
 
-# Often asked for, and too old: named so that the answer is not "unknown".
+# Cards that are often asked for but too old, listed so that the answer is not "not in the table".
 TOO_OLD: dict[str, tuple[int, int]] = {
     "Tesla T4": (7, 5), "T4": (7, 5), "RTX 2080 Ti": (7, 5), "V100": (7, 0), "P100": (6, 0),
 }  # fmt: skip
 
 
 def find_card(name: str, flag: str = "--gpu") -> Card:
-    """The card that `name` means: as people or torch write it, with or without maker and spaces.
+    """The card with this name, as people or torch write it, with or without maker and spaces.
 
-    Raises ConfigError naming `flag` and the nearest cards where it means none or several.
+    Raises ConfigError naming `flag`, and the cards with similar names, if the name fits no card or
+    several.
     """
     wanted = _key(name)
     by_key = {_key(alias): card for card in CARDS for alias in (card.name, *card.aliases)}
@@ -163,9 +177,9 @@ def find_card(name: str, flag: str = "--gpu") -> Card:
 
 
 def find_card_that_is_here(name: str, total_bytes: int) -> Card:
-    """As find_card, by the name and the memory that CUDA shows of a card.
+    """The card with the name and the memory that CUDA shows. Raises ConfigError.
 
-    Some cards of different memory have one name there: the memory decides.
+    CUDA gives some cards with different memory sizes the same name; then the memory decides.
     """
     pattern = re.escape(_key(name)) + r"(\d+gb)?"
     variants = [card for card in CARDS if re.fullmatch(pattern, _key(card.name))]
@@ -175,6 +189,6 @@ def find_card_that_is_here(name: str, total_bytes: int) -> Card:
 
 
 def _key(name: str) -> str:
-    """Letters and digits that tell cards apart."""
+    """A card's name reduced to the letters and digits that tell cards apart."""
     text = re.sub(r"nvidia|geforce|tesla", "", name.lower())
     return re.sub(r"[^a-z0-9]", "", text)

@@ -1,4 +1,4 @@
-"""Which card a model needs: every known card, and how few of each kind would do."""
+"""Which card a model needs: compares all known cards, and finds how few of each kind suffice."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from pyserve.plan.cards import CARDS, Card
 from pyserve.plan.roofline import decode_floor
 from pyserve.plan.table import aligned
 
-COUNTS = (1, 2, 4)  # cards of one kind that are tried
-BATCH = 64  # of the rate that a card's price is held against, where so many fit
+COUNTS = (1, 2, 4)  # numbers of cards of one kind that are tried
+BATCH = 64  # batch size for the price per million tokens, or the largest that fits
 SECONDS_A_DAY = 86_400
 
 
 @dataclass(frozen=True, slots=True)
 class CardChoice:
-    """`count` cards of one kind, and what the model could do there.
+    """`count` cards of one kind, and how the model would run on them.
 
-    price_per_day   in dollars, of all of them; None where it was not given
+    mean_context   tokens behind each sequence
+    price_per_day  in dollars, for all the cards; None if it was not given
     """
 
     card: Card
@@ -35,11 +36,11 @@ class CardChoice:
 
     @property
     def num_seqs(self) -> int:
-        """Sequences of mean_context tokens that run at once."""
+        """Number of sequences of mean_context tokens that run at once."""
         return min(self.capacity.plan.num_slots, self.capacity.num_tokens // self.mean_context)
 
     def tokens_per_s(self, batch: int) -> float:
-        """At the roofline, of all sequences together."""
+        """Output tokens per second of all sequences of a batch together, at the roofline."""
         floor = decode_floor(
             self.capacity.sizes, self.card, batch=batch, context_len=self.mean_context
         )
@@ -47,7 +48,7 @@ class CardChoice:
 
     @property
     def price_per_million(self) -> float | None:
-        """Dollars for a million output tokens of the largest batch up to BATCH."""
+        """Dollars per million output tokens at a batch of BATCH, or the largest that fits."""
         if self.price_per_day is None:
             return None
         rate = self.tokens_per_s(min(BATCH, self.num_seqs))
@@ -62,11 +63,14 @@ def find_choices(
     mean_context: int,
     prices: Mapping[str, float],
 ) -> list[CardChoice]:
-    """For each card the first of `counts` that holds the model, the cheapest or smallest first.
+    """For each card, the smallest of `counts` that holds the model; the cheapest or smallest first.
+    Cards that cannot hold the model are left out.
 
-    counts   in ascending order.
-    prices   dollars a day of one card, by Card.name.
-    Raises ConfigError where no card can run the model, or so many cannot share its layers.
+    counts        numbers of cards, in ascending order.
+    mean_context  tokens behind each sequence.
+    prices        Card.name -> dollars a day for one card.
+
+    Raises ConfigError if no card can run the model, or if that many cards cannot share its layers.
     """
     found: dict[str, CardChoice] = {}
     for count in counts:
@@ -90,7 +94,7 @@ def _rank(choice: CardChoice) -> tuple[float, float, float]:
 
 
 def choice_lines(choices: list[CardChoice], *, has_prices: bool) -> list[str]:
-    """A table of them, and what its columns mean."""
+    """A table of the choices, and what its columns mean."""
     header = ["cards", "GiB", "context", "at once", "tokens/s of one", "of all"]
     header += ["$ a day", "$ per million"] if has_prices else []
     rows = [header]

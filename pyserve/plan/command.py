@@ -1,7 +1,7 @@
-"""`pyserve plan`: which card a model needs; what of it fits a card, how fast that can be, its cost.
+"""`pyserve plan`: which card a model needs, how much of it fits on a card, its speed and its cost.
 
-From config.json, the headers of the weights where there are any, and the rows of cards.py (or the
-card that is here): no weights are needed, and no GPU.
+Everything is computed from config.json, the headers of the weight files if there are any, and the
+rows of cards.py or the card of this machine. Neither the weights nor a GPU are needed.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ from pyserve.plan.roofline import ModelSizes, decode_floor, prefill_floor_s
 from pyserve.plan.table import aligned
 
 HERE = "here"  # --gpu's word for the card of this machine
-BATCHES = (1, 8, 64)  # of the table of rates
-CONTEXTS = tuple(2**power for power in range(11, 21))  # of the table of memory: 2,048 to 1,048,576
+BATCHES = (1, 8, 64)  # batch sizes in the table of rates
+# Context lengths in the table of memory: 2,048 to 1,048,576.
+CONTEXTS = tuple(2**power for power in range(11, 21))
 DEFAULT_MEAN_CONTEXT = 1024
 ROOFLINE = "roofline: bytes and operations at the card's rates; real servers reach 60-90 %"
-# What `plan` takes as the server does.
+# The flags that `plan` shares with the server.
 SHARED_FLAGS = (
     "revision", "download-dir", "hf-token", "dtype", "quantization", "runner", "max-model-len",
     "max-num-seqs", "max-num-batched-tokens", "block-size", "gpu-memory-utilization",
@@ -47,7 +48,7 @@ SHARED_FLAGS = (
 
 
 def main(argv: list[str]) -> int:
-    """Print the plan for the flags in `argv`, those after "plan"; returns the exit code."""
+    """Print the plan for `argv`, the arguments after "plan". Returns the exit code."""
     try:
         args = _parse(argv)
         prices = _prices(args.price_per_day, args.gpu)
@@ -68,7 +69,9 @@ def main(argv: list[str]) -> int:
 def _which_card(
     args: argparse.Namespace, model: ModelConfig, prices: dict[str, float]
 ) -> list[str]:
-    """Without --gpu: every known card that the model fits, one or several of its kind."""
+    """Without --gpu: all known cards on which the model fits, alone or with others of
+    their kind.
+    """
     config = _engine_config(args)
     counts = tuple(count for count in COUNTS if count in tp_sizes(model))
     if args.tensor_parallel_size is not None:
@@ -81,7 +84,8 @@ def _which_card(
             f"{args.model} fits none of the {len(CARDS)} known cards, {_tried(counts)}, with these "
             "settings; --gpu NAME tells what is missing"
         )
-    sizes = choices[0].capacity.sizes  # of the fewest cards; the model is that of each choice
+    # Any choice will do: the lines below describe the whole model.
+    sizes = choices[0].capacity.sizes
     lines = [*_model_lines(args, model, sizes), ""]
     lines.append(f"the known cards that hold it, {_tried(counts)}:")
     if cuda_card.has_card():
@@ -96,7 +100,7 @@ def _tried(counts: tuple[int, ...]) -> str:
 
 
 def _one_card(args: argparse.Namespace, model: ModelConfig, prices: dict[str, float]) -> list[str]:
-    """With --gpu: the ledger, the contexts and the rates there."""
+    """With --gpu: the memory ledger, the contexts that fit, and the rates on that card."""
     place = _place(args.gpu)
     config = _engine_config(args)
     tp_size = args.tensor_parallel_size or 1
@@ -167,7 +171,7 @@ def _parser() -> flags.Parser:
 
 
 def _prices(said: list[str], gpu: str | None) -> dict[str, float]:
-    """Dollars a day of one card, by Card.name, from --price-per-day."""
+    """Card.name -> dollars a day for one card, from --price-per-day. Raises ConfigError."""
     prices: dict[str, float] = {}
     for text in said:
         name, equals, amount = text.rpartition("=")
@@ -193,7 +197,7 @@ def _prices(said: list[str], gpu: str | None) -> dict[str, float]:
 
 
 def _read_model(args: argparse.Namespace) -> tuple[ModelConfig, int | None]:
-    """The model, and the bytes of its weights' files; None where there are none to look at."""
+    """The model, and the bytes of its weights in files; None if the folder has no weight files."""
     launch = LaunchConfig(**settings(flags.LAUNCH, args))
     with model_headers(
         args.model, revision=launch.revision, token=launch.token, download_dir=launch.download_dir
@@ -201,7 +205,8 @@ def _read_model(args: argparse.Namespace) -> tuple[ModelConfig, int | None]:
         try:
             return _read_headers(args, folder)
         except StartupError as error:
-            # A model of the hub lies in a temporary folder: its name says more.
+            # A model from the hub is in a temporary folder, so the error shows the model's name
+            # instead.
             if os.path.isdir(os.path.expanduser(args.model)):
                 raise
             line = str(error).replace(f"{folder}/", "").replace(str(folder), args.model)
@@ -224,7 +229,9 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the model would run; card is None where the one here is not in the table."""
+    """Where the model would run. card: None if it is the card of this machine, and not in the
+    table.
+    """
 
     card: Card | None
     name: str
@@ -264,7 +271,7 @@ def _model_lines(args: argparse.Namespace, model: ModelConfig, sizes: ModelSizes
 
 
 def _mixture_line(model: ModelConfig, sizes: ModelSizes) -> str:
-    """Of the first layer that has a mixture; those of the families are alike."""
+    """Describes the first layer with a mixture of experts; in the known families all are alike."""
     mixture = sizes.mixtures[0]
     config = mixture.config
     each_mb = mixture.bytes_each * mixture.params_of_whole_expert / mixture.params_each / 1e6
@@ -331,7 +338,9 @@ def _memory_lines(capacity: Capacity, tp_size: int) -> list[str]:
 
 
 def _contexts(plan: MemoryPlan, model: ModelConfig) -> list[int]:
-    """Lengths worth a row: powers of two below the model's context, that, and what fits."""
+    """Context lengths for the table: powers of two below the model's context, that, and
+    what fits.
+    """
     lengths = {length for length in CONTEXTS if length < model.max_model_len}
     return sorted(lengths | {model.max_model_len, plan.max_model_len})
 
@@ -342,7 +351,7 @@ def _rate_lines(
     if capacity.model.pooling is not None:
         return _pooling_lines(capacity, card, mean_context, price_per_day)
     most = min(capacity.plan.num_slots, capacity.num_tokens // mean_context)
-    # Where the largest batch does not fit, the largest that does.
+    # A batch that does not fit is replaced by the largest that does.
     batches = sorted({min(batch, most) for batch in BATCHES})
     header = ["sequences", "tokens/s each", "tokens/s", "ms a step", "bound by"]
     rows = [header + (["$ per million tokens"] if price_per_day is not None else [])]
@@ -380,7 +389,7 @@ def _rate_lines(
 def _pooling_lines(
     capacity: Capacity, card: Card, num_tokens: int, price_per_day: float | None
 ) -> list[str]:
-    """Of a model that reads texts of so many tokens and generates nothing."""
+    """The rates of a model that only reads texts of num_tokens, and generates nothing."""
     prefill_s = prefill_floor_s(capacity.sizes, card, num_tokens)
     rate = num_tokens / prefill_s
     lines = [

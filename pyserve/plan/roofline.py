@@ -1,8 +1,9 @@
-"""The least time a step can take on a card: its bytes at the bandwidth, its operations at the rate.
+"""The least time of a step on a card: its bytes at the bandwidth, its operations at the FLOP rate.
 
-    max(weights / bandwidth, FLOP / rate) of the linear layers, plus the KV cache that is read.
+For decoding: max(weights / bandwidth, FLOP / rate) of the linear layers, plus the time to read the
+KV cache.
 
-A bound, not a forecast: kernels, launches and the host add to it.
+This is a lower bound, not a forecast: kernels, launches and the host take more.
 """
 
 from __future__ import annotations
@@ -24,16 +25,20 @@ from pyserve.plan.cards import Card
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """What one card of `tp_size` holds of a model and what a step reads there, from shapes alone.
+    """What one of the cards that share a model holds of it, and what a step reads there, from
+    shapes.
 
-    dtype           of what is computed, and of the KV cache
-    shapes          of one card's part, on the meta device
-    weight_bytes    of everything that is held
-    num_params      of the whole model
-    layer_bytes     of the layers' matrices: every step reads them, whatever its rows
-    mixtures        of the layers that have one: a step reads the experts that its tokens go to
-    head_bytes      of the output head: read for the rows that are sampled; 0 of a model that pools
-    flop_per_pair   of attention: of a token and one that it sees, in a layer's heads
+    dtype          dtype of the activations and of the KV cache
+    shapes         this card's part of the model, on the meta device
+    weight_bytes   bytes of all weights on this card
+    num_params     parameters of the whole model
+    layer_bytes    bytes of the matrices of the layers, without experts; every step reads them all
+    layer_params   parameters in these matrices
+    mixtures       the layers' mixtures of experts; a step reads the experts that its tokens choose
+    head_bytes     bytes of the output head, which is read for sampled rows; 0 for a pooling model
+    head_params    parameters of the output head
+    kv_specs       what the KV cache holds for each layer
+    flop_per_pair  floating-point operations of attention in one layer, for one query and key token
     """
 
     dtype: torch.dtype
@@ -50,18 +55,23 @@ class ModelSizes:
 
     @property
     def kv_bytes_per_token(self) -> int:
+        """Bytes that one token takes in the KV cache of this card, over all layers."""
         return sum(spec.bytes_per_block(1) for spec in self.kv_specs)
 
     @property
     def num_params_of_a_token(self) -> int:
-        """That one token meets, of the whole model."""
+        """Parameters of the whole model that one token uses: of the experts, only the
+        chosen ones.
+        """
         return self.num_params - sum(
             (mixture.config.num_experts - mixture.config.top_k) * mixture.params_of_whole_expert
             for mixture in self.mixtures
         )
 
     def read_bytes(self, num_tokens: int) -> float:
-        """Of matrices, by a step of so many tokens whose experts are drawn evenly."""
+        """Expected bytes of matrices that a step of num_tokens reads here, if experts are chosen
+        evenly.
+        """
         read = float(self.layer_bytes + self.head_bytes)
         for mixture in self.mixtures:
             share = mixture.config.top_k / mixture.config.num_experts
@@ -71,12 +81,12 @@ class ModelSizes:
 
     @property
     def layer_params_of_a_token(self) -> int:
-        """Of the layers' matrices, here."""
+        """Parameters of the layers on this card that one token uses."""
         chosen = (mixture.config.top_k * mixture.params_each for mixture in self.mixtures)
         return self.layer_params + sum(chosen)
 
     def kv_bytes(self, context_len: int) -> int:
-        """Read by one sequence's next token."""
+        """Bytes of the KV cache that the next token of one sequence reads on this card."""
         return sum(
             spec.bytes_per_block(1) * min(context_len, spec.window or context_len)
             for spec in self.kv_specs
@@ -84,12 +94,12 @@ class ModelSizes:
 
 
 def measure_model(model: ModelConfig, dtype: torch.dtype, *, tp_size: int = 1) -> ModelSizes:
-    """Sizes of `model`, computed in `dtype`.
+    """The sizes of `model`, computed in `dtype`, on one of `tp_size` cards that share each layer.
 
-    tp_size   cards that share each layer. Raises ConfigError where they cannot.
+    Raises ConfigError if that many cards cannot share its layers.
     """
     check_sharing(model, tp_size)
-    # The first rank: no other holds more.
+    # Measured for the first rank, as no other rank holds more.
     shapes = build_model(model, Placement(dtype, META, tp_size=tp_size), max_model_len=1)
     tensors = shapes.destinations().values()
     linears, mixtures = shapes.layer_linears(), tuple(shapes.mixtures())
@@ -113,14 +123,18 @@ def measure_model(model: ModelConfig, dtype: torch.dtype, *, tp_size: int = 1) -
 
 @dataclass(frozen=True, slots=True)
 class StepFloor:
-    """Seconds of a decode step, and what its linear layers wait for: "bandwidth" or "FLOP"."""
+    """The least seconds of a decode step, and what bounds its linear layers:
+    "bandwidth" or "FLOP".
+    """
 
     seconds: float
     bound: str
 
 
 def decode_floor(sizes: ModelSizes, card: Card, *, batch: int, context_len: int) -> StepFloor:
-    """One token for each of `batch` sequences with `context_len` tokens behind each."""
+    """The least time for one token for each of `batch` sequences, with context_len tokens behind
+    each.
+    """
     read_s = sizes.read_bytes(batch) / (card.bandwidth_tb * 1e12)
     compute_s = (
         2 * (sizes.layer_params_of_a_token + sizes.head_params) * batch / (card.bf16_tflops * 1e12)
@@ -132,7 +146,7 @@ def decode_floor(sizes: ModelSizes, card: Card, *, batch: int, context_len: int)
 
 
 def prefill_floor_s(sizes: ModelSizes, card: Card, num_tokens: int) -> float:
-    """Seconds to the first token of a prompt, in one step: one row of it is sampled."""
+    """The least seconds for a prompt of num_tokens in one step, of which one row is sampled."""
     read_s = sizes.read_bytes(num_tokens) / (card.bandwidth_tb * 1e12)
     flop = 2 * (sizes.layer_params_of_a_token * num_tokens + sizes.head_params)
     flop += _attention_flop(sizes.kv_specs, sizes.flop_per_pair, num_tokens)
@@ -140,7 +154,7 @@ def prefill_floor_s(sizes: ModelSizes, card: Card, num_tokens: int) -> float:
 
 
 def _attention_flop(specs: Sequence[KVSpec], flop_per_pair: int, num_tokens: int) -> int:
-    """QK^T and PV over the pairs of tokens that see each other."""
+    """Floating-point operations of QK^T and PV over all pairs of tokens that see each other."""
     flop = 0
     for spec in specs:
         window = min(num_tokens, spec.window or num_tokens)
