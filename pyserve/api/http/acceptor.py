@@ -1,7 +1,7 @@
-"""New connections: a few in each turn of the event loop, each counted before anything is done.
+"""Acceptor: accepts a few connections per turn of the event loop and counts each before opening it.
 
-asyncio's own servers accept as many in one turn as may wait, before anybody knows of the first of
-them: the descriptors run out, and each further accept is a traceback and a timer.
+asyncio's own servers accept up to a whole backlog in one turn, before any connection is counted.
+Then a flood uses up all file descriptors, and every further accept costs a traceback and a timer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pyserve.log import get_logger
 
 
 class Acceptor:
-    """Accepts on one listening socket, from `start` to `stop`, both called on the event loop."""
+    """Accepts on one listening socket from `start` to `stop`; call both on the event loop."""
 
     def __init__(
         self,
@@ -35,7 +35,8 @@ class Acceptor:
         self._tls = tls
         self._loop = asyncio.get_running_loop()
         self._pause: asyncio.TimerHandle | None = None
-        self._opening: dict[asyncio.Task[None], Connection] = {}  # the oldest first
+        # Connections in their TLS handshake, by the task that opens them, the oldest first.
+        self._opening: dict[asyncio.Task[None], Connection] = {}
 
     def start(self) -> None:
         self._sock.setblocking(False)
@@ -45,7 +46,7 @@ class Acceptor:
         self._loop.add_reader(self._sock.fileno(), self._accept)
 
     def stop(self) -> None:
-        """Close the socket, and the connections that are not open yet."""
+        """Close the listening socket, and connections whose TLS handshake is not finished."""
         if self._pause is not None:
             self._pause.cancel()
         self._loop.remove_reader(self._sock.fileno())
@@ -68,7 +69,10 @@ class Acceptor:
                 sock.close()
 
     def _wait(self, error: OSError) -> None:
-        """The listening socket stays readable: look away for a moment, and make room."""
+        """Make room after a failed accept, and stop accepting for ACCEPT_PAUSE_S.
+
+        The listening socket stays readable meanwhile, so the loop would call `_accept` at once.
+        """
         self._connections.log(f"connections cannot be accepted: {os.strerror(error.errno or 0)}")
         for _ in range(bounds.ACCEPTS_PER_TURN):
             self._connections.cut_expendable()
@@ -93,7 +97,7 @@ class Acceptor:
             if task.cancelled() or error is not None:
                 self._connections.remove(connection)
                 sock.close()
-            if error is not None and not isinstance(error, OSError):  # those of ssl are OSErrors
+            if error is not None and not isinstance(error, OSError):  # SSLError is one
                 get_logger().error("a connection could not be opened", exc_info=error)
 
         task.add_done_callback(opened)
@@ -109,7 +113,10 @@ class Acceptor:
 
 
 def _ask_silent_machines(sock: socket.socket) -> None:
-    """Let TCP find out about clients whose machine is gone; accepted sockets inherit it."""
+    """Enable TCP keep-alive, which detects clients whose machine is gone.
+
+    Accepted sockets inherit these options from the listening socket.
+    """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, bounds.TCP_KEEP_ALIVE_IDLE_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, bounds.TCP_KEEP_ALIVE_INTERVAL_S)

@@ -1,4 +1,4 @@
-"""How many bytes of the server's memory clients hold: all together, and each."""
+"""ByteBudget: counts the bytes of memory that clients hold, in total and per client."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 
 class ByteBudget:
-    """`max_bytes` for all clients, of which one may have `max_client_bytes`.
+    """Limits all clients together to `max_bytes`, and each of them to `max_client_bytes`.
 
-    The caller decides what a client is: an address, or an API key at an address.
+    The caller decides what identifies a client, such as an address or a user.
     """
 
     def __init__(self, max_bytes: int, max_client_bytes: int) -> None:
@@ -18,14 +18,14 @@ class ByteBudget:
         self._by_client: dict[str, int] = {}
 
     def has_room(self, client: str, num_bytes: int) -> bool:
-        """Whether `client` may have `num_bytes` more."""
+        """Whether `num_bytes` more for `client` stay within both limits."""
         return (
             self.num_bytes + num_bytes <= self.max_bytes
             and self._by_client.get(client, 0) + num_bytes <= self.max_client_bytes
         )
 
     def add(self, client: str, num_bytes: int) -> None:
-        """Count `num_bytes` more, or less where negative, whether there is room or not."""
+        """Count `num_bytes` more for `client` without checking the limits; negative: fewer."""
         self.num_bytes += num_bytes
         held = self._by_client.get(client, 0) + num_bytes
         if held:
@@ -35,6 +35,6 @@ class ByteBudget:
 
     @property
     def largest_client(self) -> str | None:
-        """Who holds most; None where nobody holds anything."""
+        """The client that holds most bytes; None where none holds any."""
         held: Callable[[str], int] = self._by_client.__getitem__
         return max(self._by_client, key=held, default=None)

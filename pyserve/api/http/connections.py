@@ -1,10 +1,11 @@
-"""All connections of one server: how many there are, which are closed, whose clients have gone.
+"""Connections: the table of a server's connections, which enforces the limits in bounds.py.
 
     accept -> [TLS handshake] -> idle -> request -> idle ...      counted from the accept on
 
-A place is one descriptor. When there is none left, a new connection takes that of one that is idle
-or stands still. Clients that cannot be heard leave are probed, and those that do not take what is
-written to them are cut off: both by one timer, which runs only while there are any.
+Each connection takes one file descriptor. When the limit is reached, a connection that is idle or
+makes no progress is closed for a new one. Connections that are not read are probed to find out
+whether the client has gone, and clients that do not read what is written to them are cut off. One
+timer does both; it runs only while there are such connections.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
 class Connection(Protocol):
-    """What is asked of a connection here; http_protocol.py has the one there is.
+    """What this module needs of a connection; HttpProtocol in http_protocol.py implements it.
 
-    client            its address; "" where it has none.
-    opening           done once it is open, its TLS handshake included.
-    is_idle           no request has come that is not answered.
-    has_asked         a request has come, answered or not.
-    is_unheard        a request runs, and nothing is read meanwhile.
-    is_over           its client has ended its side, and all is answered.
-    num_unsent_bytes  written, and not taken by the kernel yet.
-    is_tls            its client cannot end one side alone.
+    client            the client's address, as keys.network gives it; "" where it has none.
+    opening           task that ends when the connection is open, its TLS handshake included.
+    is_idle           every request that has arrived has been answered.
+    has_asked         at least one request has arrived, answered or not.
+    is_unheard        a request runs and the socket is not read, so a client that has gone would
+                      not be noticed.
+    is_over           the client has shut down its sending side, and all its requests are answered.
+    num_unsent_bytes  bytes that were written and that the kernel has not taken yet.
+    is_tls            over TLS a client cannot shut down its sending side alone.
     """
 
     client: str
@@ -55,36 +57,41 @@ class Connection(Protocol):
     def is_tls(self) -> bool: ...
 
     def is_expendable(self, now_s: float) -> bool:
-        """Whether a new connection may have its place."""
+        """Whether it may be closed to make room for a new connection; `now_s` is monotonic."""
 
     def fileno(self) -> int: ...
 
     def probe(self, now_s: float) -> bool:
-        """Write something, so that the machine of a client that has gone answers with a reset.
+        """Write something if possible, so that a client that has gone answers with a reset.
 
-        True the first time.
+        Returns True if this is the first probe during the running request.
         """
 
     def cut(self) -> None:
-        """Close it at once, whatever it does; what is unsent is dropped."""
+        """Close it at once, even in the middle of a request; unsent bytes are dropped."""
 
     def finish(self) -> None:
-        """Close it once all is sent."""
+        """Close it once everything written has been sent."""
 
 
 class Connections:
-    """The table of them. It lives on the event loop."""
+    """The connections of one server. All methods run on the event loop.
+
+    max              maximum number of connections, as far as RLIMIT_NOFILE allows.
+    write_timeout_s  seconds after which a client that does not read is cut off.
+    """
 
     def __init__(self, *, is_tls: bool) -> None:
         self.max = _max_connections(
             bounds.MAX_TLS_CONNECTIONS if is_tls else bounds.MAX_CONNECTIONS
         )
         self.write_timeout_s = bounds.WRITE_TIMEOUT_S
-        self._all: OrderedDict[Connection, None] = OrderedDict()  # the idlest first
+        self._all: OrderedDict[Connection, None] = OrderedDict()  # least recently used first
         self._unheard: dict[Connection, None] = {}
-        # Those that do not take what is written: since when, and how many bytes of it are counted.
+        # Connections whose clients do not read what is written: since when, and the unsent bytes
+        # that are counted in _unread for that.
         self._stalled: dict[Connection, tuple[float, int]] = {}
-        self._answers: dict[Connection, int] = {}  # bytes of the one that is being written
+        self._answers: dict[Connection, int] = {}  # size of the response being written
         self._unread = ByteBudget(bounds.MAX_UNREAD_BYTES, bounds.MAX_UNREAD_BYTES)
         self._timer: TimerHandle | None = None
         self._may_log_at_s = 0.0
@@ -94,18 +101,21 @@ class Connections:
 
     @property
     def num_unread_bytes(self) -> int:
-        """Of answers that their clients have not taken."""
+        """Bytes of responses that clients have not read."""
         return self._unread.num_bytes
 
     def make_place(self) -> bool:
-        """Whether there may be one more; where all places are taken, another is closed for it."""
+        """Whether one more connection may be opened; a full table first closes another for it."""
         if len(self._all) < self.max:
             return True
         self.log(f"{self.max} connections are open: idle ones are closed for new ones")
         return self.cut_expendable()
 
     def cut_expendable(self) -> bool:
-        """Close the connection that is needed least; False where none can be spared."""
+        """Close the least recently used expendable connection.
+
+        Looks at NUM_LOOKED_AT connections at most. Returns False where none of them is expendable.
+        """
         now_s = time.monotonic()
         for _ in range(min(bounds.NUM_LOOKED_AT, len(self._all))):
             connection = next(iter(self._all))
@@ -116,30 +126,31 @@ class Connections:
         return False
 
     def add(self, connection: Connection) -> None:
-        """It has been accepted."""
+        """Count a connection that has just been accepted."""
         self._all[connection] = None
 
     def touch(self, connection: Connection) -> None:
-        """It has begun or ended a request, so it comes last in the order of idleness."""
+        """Mark a connection as most recently used: it has begun or ended a request."""
         if connection in self._all:
             self._all.move_to_end(connection)
 
     def remove(self, connection: Connection) -> None:
-        """It is closed, or will be at once; may be repeated."""
+        """Forget a connection that is closed or is about to be. May be called again."""
         self._all.pop(connection, None)
         self._unheard.pop(connection, None)
         self.flow(connection)
         self._unread.add(connection.client, -self._answers.pop(connection, 0))
 
     def cut(self, connection: Connection) -> None:
-        """Close it at once; its place and what it holds are free from here on."""
+        """Close a connection at once, and free its place and its counted bytes immediately."""
         self.remove(connection)
         connection.cut()
 
     def close_idle(self) -> None:
-        """The server shuts down: close idle connections, wait less for clients that do not read.
+        """Begin the shutdown: close idle connections and shorten the write timeout.
 
-        On a new one the first request is under way: it is answered as long as others are.
+        A connection without any request yet stays open: its first request is probably on its way,
+        and is answered as long as the server still answers.
         """
         self.write_timeout_s = bounds.DRAIN_WRITE_TIMEOUT_S
         for connection in list(self._all):
@@ -147,13 +158,16 @@ class Connections:
                 connection.finish()
 
     def watch(self, connection: Connection) -> None:
-        """Its client could leave unheard from here on, as long as `is_unheard`."""
+        """Probe a connection from now on, for as long as it `is_unheard`."""
         if connection in self._all:
             self._unheard[connection] = None
             self._arm(bounds.FIRST_PROBE_S)
 
     def stall(self, connection: Connection) -> None:
-        """Its client has not taken all that was written."""
+        """Count the unsent bytes of a connection whose client has not read all that was written.
+
+        To keep within MAX_UNREAD_BYTES this may cut off other stalled connections.
+        """
         if connection in self._stalled or connection not in self._all:
             return
         num_bytes = connection.num_unsent_bytes
@@ -163,12 +177,15 @@ class Connections:
         self._arm(bounds.PROBE_S)
 
     def flow(self, connection: Connection) -> None:
-        """Its client has taken it; harmless where it was not stalled."""
+        """End a stall: the client has read what was written. Does nothing where none began."""
         _, num_bytes = self._stalled.pop(connection, (0.0, 0))
         self._unread.add(connection.client, -num_bytes)
 
     def check_unread(self, connection: Connection, num_bytes: int) -> None:
-        """Raise TooManyBytesError where there is no room for an answer of `num_bytes` now."""
+        """Raise TooManyBytesError where there is no room for a response of `num_bytes` now.
+
+        Cuts off stalled connections first, if that makes room.
+        """
         if not self._make_room(connection.client, num_bytes, but=connection):
             raise TooManyBytesError(
                 f"{self._unread.num_bytes} bytes of answers wait for their clients to read them, "
@@ -179,7 +196,7 @@ class Connections:
 
     @contextmanager
     def unread(self, connection: Connection, num_bytes: int) -> Iterator[None]:
-        """Count an answer of `num_bytes` while it is written. Raises as `check_unread`."""
+        """Count a response of `num_bytes` while the context lasts. Raises TooManyBytesError."""
         self.check_unread(connection, num_bytes)
         self._answers[connection] = num_bytes
         self._unread.add(connection.client, num_bytes)
@@ -189,20 +206,24 @@ class Connections:
             self._unread.add(connection.client, -self._answers.pop(connection, 0))
 
     def log(self, line: str) -> None:
-        """Warn of what happens to connections, now and then."""
+        """Log a warning about connections, at most once per LOG_INTERVAL_S."""
         now_s = time.monotonic()
         if now_s >= self._may_log_at_s:
             self._may_log_at_s = now_s + bounds.LOG_INTERVAL_S
             get_logger().warning("%s", line)
 
     def close(self) -> None:
-        """Stop the timer; what is still open is left to its owner."""
+        """Stop the timer. Does not close connections: aiohttp's runner does that."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _make_room(self, client: str, num_bytes: int, *, but: Connection) -> bool:
-        """Make room for `num_bytes` of `client`: cut off who takes nothing and holds most."""
+        """Make room for `num_bytes` of `client` by cutting off stalled connections but `but`.
+
+        Those of the client that holds most bytes go first, then whichever stalled longest ago.
+        Returns False where that does not make enough room.
+        """
         if num_bytes > self._unread.max_bytes:
             return False
         while not self._unread.has_room(client, num_bytes):
@@ -232,7 +253,10 @@ class Connections:
             self._arm(bounds.FIRST_PROBE_S if has_new else bounds.PROBE_S)
 
     def _probe(self, now_s: float) -> bool:
-        """Cut off whose client has gone, probe the others; True: some for the first time."""
+        """Cut off connections whose clients have gone and probe the others.
+
+        Returns True if any of them was probed for the first time.
+        """
         poll = select.poll()
         by_fileno: dict[int, Connection] = {}
         for connection in list(self._unheard):
@@ -261,7 +285,10 @@ class Connections:
 
 
 def _max_connections(wanted: int) -> int:
-    """As many as there may be descriptors for; the limit of the process is raised where it may."""
+    """`wanted`, or fewer where RLIMIT_NOFILE leaves too few descriptors.
+
+    Raises the soft limit of the process as far as its hard limit allows.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     num_files = wanted + bounds.NUM_OTHER_FILES
     if soft < num_files and (hard > soft or hard == resource.RLIM_INFINITY):

@@ -1,7 +1,7 @@
 """Cross-origin requests (CORS, WHATWG Fetch 3.2): which web pages may call this server.
 
-The API knows no cookies: a key travels in a header that a page must know. So any page may by
-default, as in vLLM; --allowed-origins narrows it.
+The API uses no cookies: an API key travels in a header, and a page must know the key to send it.
+So by default any page may call the server, as in vLLM; --allowed-origins restricts this.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def add_cors(app: web.Application, config: ServerConfig) -> None:
-    """Answer preflights before anything else sees them, and sign every other response.
+    """Answer preflight requests in the outermost middleware, and add CORS headers to all responses.
 
-    A preflight carries no key and must not need one.
+    Preflights come before the check of API keys because browsers send no key with them.
     """
     policy = _Policy(config)
 
@@ -42,7 +42,8 @@ def add_cors(app: web.Application, config: ServerConfig) -> None:
         return policy.preflight(request)
 
     async def sign(request: web.Request, response: web.StreamResponse) -> None:
-        # Not in the middleware: the headers of a stream have left when its handler returns.
+        # A middleware would be too late for streams: their headers are sent before the handler
+        # returns.
         response.headers.update(policy.headers(request))
 
     app.middlewares.insert(0, preflight)
@@ -50,7 +51,7 @@ def add_cors(app: web.Application, config: ServerConfig) -> None:
 
 
 def is_foreign_page(request: web.Request) -> bool:
-    """Whether a browser says that a page of another host than this server's asks."""
+    """Whether the Origin header names another host than the one the request was sent to."""
     origin = request.headers.get(hdrs.ORIGIN)
     if origin is None:
         return False
@@ -60,18 +61,18 @@ def is_foreign_page(request: web.Request) -> bool:
 class _Policy:
     def __init__(self, config: ServerConfig) -> None:
         self._any_origin = "*" in config.allowed_origins
-        # Scheme and host compare without regard to case, and browsers send lower case.
+        # Scheme and host are case-insensitive, and browsers send them in lower case.
         self._origins = frozenset(origin.lower() for origin in config.allowed_origins)
         self._methods = METHODS if "*" in config.allowed_methods else _join(config.allowed_methods)
         self._headers = None if "*" in config.allowed_headers else _join(config.allowed_headers)
         self._credentials = config.allow_credentials
 
     def headers(self, request: web.Request) -> dict[str, str]:
-        """For a response to `request`: none where no page asks, or one that may not."""
+        """CORS headers of a response: no permission without an Origin, or for one not allowed."""
         origin = request.headers.get(hdrs.ORIGIN)
         if self._any_origin:
             return {} if origin is None else self._allow("*")
-        # The answer depends on the origin: caches must know, also where this one has none.
+        # The response depends on the Origin, so caches must be told, even where none was sent.
         vary: dict[str, str] = {hdrs.VARY: hdrs.ORIGIN}
         if origin is None or origin.lower() not in self._origins:
             return vary
@@ -87,7 +88,7 @@ class _Policy:
         return allowed
 
     def preflight(self, request: web.Request) -> web.Response:
-        """204; without permission in its headers the browser does not send the request."""
+        """A 204. Without CORS permission in its headers the browser sends no actual request."""
         response = web.Response(status=204)
         if hdrs.ACCESS_CONTROL_ALLOW_ORIGIN in self.headers(request):
             asked = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS)
@@ -95,7 +96,7 @@ class _Policy:
             response.headers[hdrs.ACCESS_CONTROL_ALLOW_METHODS] = self._methods
             response.headers[hdrs.ACCESS_CONTROL_MAX_AGE] = str(MAX_AGE_S)
             if headers:
-                # "*" would not cover Authorization, so what is asked for is named.
+                # "*" does not cover Authorization, so the requested headers are named instead.
                 response.headers[hdrs.ACCESS_CONTROL_ALLOW_HEADERS] = headers
         return response
 

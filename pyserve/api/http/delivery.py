@@ -1,7 +1,7 @@
-"""Answers on their way out.
+"""Writing responses: large ones go out in pieces, no faster than their clients read them.
 
-Large ones are written in pieces, as their clients take them, and counted meanwhile: written at once
-they would be held again by the transport, for as long as the client likes.
+Written all at once, a response would be copied into the transport's buffer, and stay there for as
+long as the client likes. Its bytes are counted (connections.py) until it has been written.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from pyserve.api.http.http_protocol import connection_of
 
 
 async def deliver(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
-    """Write `response` where it is large and whole; anything else is left to aiohttp.
+    """Write `response` if it is whole and larger than PIECE_BYTES; else leave that to aiohttp.
 
-    Raises TooManyBytesError where too many answers are not taken, before any of it is written.
+    Returns `response`. Raises TooManyBytesError, before any of it is written, where clients have
+    not read too many bytes of other responses.
     """
     body = response.body if isinstance(response, web.Response) else None
     if not isinstance(body, bytes) or len(body) <= PIECE_BYTES or request.method == "HEAD":
@@ -31,7 +32,10 @@ async def deliver(request: web.Request, response: web.StreamResponse) -> web.Str
 
 
 async def write_large(request: web.Request, response: web.StreamResponse, data: bytes) -> None:
-    """Write `data`, more than PIECE_BYTES, to a stream; one that has no room for it ends here."""
+    """Write `data`, which is more than PIECE_BYTES, to a stream in pieces.
+
+    Raises TooManyBytesError, before any of it is written, where there is no room for it.
+    """
     with connection_of(request).unread(len(data)):
         await _write_pieces(request, response, data)
 
@@ -41,13 +45,13 @@ async def _write_pieces(request: web.Request, response: web.StreamResponse, data
     for start in range(0, len(data), PIECE_BYTES):
         await response.write(view[start : start + PIECE_BYTES])
         await request.writer.drain()
-        # A client that reads as fast as this writes would have the loop for itself until the end.
+        # Let other tasks run: with a client that reads as fast as this writes, drain never waits.
         await asyncio.sleep(0)
 
 
 def json_response(
     value: object, headers: dict[str, str] | None = None, *, status: int = 200
 ) -> web.Response:
-    """`value` as JSON; bytes are JSON already."""
+    """A response with `value` encoded as JSON; bytes are taken to be JSON already."""
     body = value if isinstance(value, bytes) else msgspec.json.encode(value)
     return web.Response(status=status, body=body, content_type="application/json", headers=headers)

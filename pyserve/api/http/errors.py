@@ -1,4 +1,4 @@
-"""Errors on the wire: in OpenAI's words unless a route has its own, with nothing of our insides."""
+"""Error responses, in OpenAI's format unless a route has its own. They reveal no internals."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ ErrorBody = Callable[[RequestError], bytes]
 
 
 def error_body(error: RequestError) -> bytes:
-    """The JSON object that tells a client of `error`, in one line: it may end a stream."""
+    """`error` as OpenAI's JSON object, on one line because it may be the last event of a stream."""
     detail = ErrorDetail(error.message[:MAX_MESSAGE_CHARS], error.type, error.param, error.status)
     return encode_line(ErrorResponse(detail))
 
 
 def error_response(error: RequestError, to_body: ErrorBody = error_body) -> web.Response:
-    """`error` as a response with its status and headers, in the words of `to_body`."""
+    """`error` as a response with its status and headers; `to_body` makes its JSON body."""
     response = web.Response(
         status=error.status, body=to_body(error), content_type="application/json"
     )
@@ -39,11 +39,11 @@ def error_response(error: RequestError, to_body: ErrorBody = error_body) -> web.
     if isinstance(error, UnauthorizedError):
         response.headers["WWW-Authenticate"] = "Bearer"
     if error.status in (408, 413) or isinstance(error, TooManyBytesError):
-        response.force_close()  # the rest of the body is not wanted
+        response.force_close()  # the rest of the request's body is not read
     return response
 
 
 def log_unexpected(error: BaseException) -> RequestError:
-    """Log a bug of ours with its traceback; the client learns only that there was one."""
+    """Log an unexpected exception with its traceback; returns "internal error" for the client."""
     get_logger().error("request %s failed unexpectedly", request_id.current.get(), exc_info=error)
     return EngineError("internal error")

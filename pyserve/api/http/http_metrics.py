@@ -1,7 +1,7 @@
-"""HTTP requests by route, under the names of the instrumentation that boards for web servers know.
+"""HTTP metrics by route, under the names of prometheus-fastapi-instrumentator.
 
-Every label is one of a few words: a route is told by the template of its path, and a path that is
-no route's, or a method that HTTP does not name, never becomes a series of its own.
+Dashboards for web servers know these names. Every label has few values: a route is labelled by the
+template of its path, and an unknown path or method never becomes a time series of its own.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from prometheus_client.registry import Collector
 from pyserve.histogram import HTTP_BUCKETS_S, HTTP_FINE_BUCKETS_S, Histogram
 
 METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
-# What machines ask all day: it would hide the rest, and vLLM leaves it out as well.
+# Monitoring polls these routes all day, which would hide other requests. vLLM excludes them too.
 NOT_COUNTED = frozenset({
     "/health", "/health/live", "/health/ready", "/load", "/metrics", "/ping", "/version",
 })  # fmt: skip
-NO_ROUTE = "none"
-GONE = 499  # of a client that has gone before its answer began
-STATUS = web.RequestKey("status", int)  # of the answer that has begun
+NO_ROUTE = "none"  # the label of requests for unknown paths
+GONE = 499  # nginx's status for a client that left before its response began
+STATUS = web.RequestKey("status", int)  # status of the response, once it has begun
 
 
 class HttpMetrics(Collector):
-    """Requests from their head to the last byte of their answer, streams as well."""
+    """Counts requests, and times them from their headers to the last byte of their response."""
 
     def __init__(self, root_path: str) -> None:
         self._root_path = root_path
@@ -38,7 +38,7 @@ class HttpMetrics(Collector):
 
     @contextmanager
     def measured(self, request: web.Request) -> Iterator[None]:
-        """Count `request` when it ends, however it does."""
+        """Count `request` when the context ends, also by an exception."""
         began_s = time.monotonic()
         try:
             yield

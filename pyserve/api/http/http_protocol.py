@@ -1,7 +1,8 @@
-"""The HTTP protocol under the application: requests that never become one get our errors too.
+"""HttpProtocol: aiohttp's HTTP protocol with our error bodies and limits.
 
-What a connection may cost before there is a request is bounded here: the time and the bytes of a
-head. Its place among the others is in connections.py, its bounds are in bounds.py.
+Requests that cannot be parsed never reach the application, so they get their JSON errors here. The
+time and size of a request's headers are limited here, with the limits of bounds.py; connections.py
+limits the connections.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from pyserve.api.http.keys import network
 from pyserve.errors import InvalidRequestError, RequestError
 from pyserve.log import get_logger
 
-LAST_FRAMES_S = 1.0  # for streams that the end of the engine cuts off to say so
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # may come any number of times before an answer
+LAST_FRAMES_S = 1.0  # time in which streams that the engine's end cuts off may send their error
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # may be sent any number of times before a response
 _PYTHON_PARSER = (
     "aiohttp has no C parser here and reads HTTP in Python: slower, and request smuggling was "
     "possible through that parser before 3.14.4. Unset AIOHTTP_NO_EXTENSIONS, or: "
@@ -39,17 +40,22 @@ _PYTHON_PARSER = (
 
 
 class HttpProtocol(web.RequestHandler):
-    """aiohttp's, but a request that cannot be parsed costs one log line and gets a JSON body.
+    """One connection. It differs from aiohttp's RequestHandler in these ways:
 
-    A head that is too large is refused, one that is too slow ends its connection. A client that
-    ends its side is answered what it has asked. aiohttp has no public way to some of it: _messages,
-    _waiter, _close, _force_close and _ErrInfo are its own, which is why pyproject.toml bounds it.
+    A request that cannot be parsed costs one log line and gets a JSON body. Headers that are too
+    large are refused; headers that arrive too slowly end the connection. A client that has shut
+    down its sending side still gets its responses. Some of this uses private parts of aiohttp
+    (_messages, _waiter, _close, _force_close, _ErrInfo), so pyproject.toml limits its version.
 
-    request    the one that is being answered, from its handler on until its answer is written.
-    on_probe   says something to the client in the answer that is under way; None: nothing can be.
-    has_asked  a request has come, answered or not.
-    has_ended  the client sends nothing more, and waits for its answers or is gone.
-    inner_user whom the server asks itself for: see inner.py; None: it is a client's connection.
+    client      the client's address, as keys.network gives it; "" where it has none.
+    opening     task that ends when the connection is open, its TLS handshake included.
+    request     the request being answered, from the start of its handler until its response is
+                written.
+    on_probe    has something written to the running response, to probe the client; None: the
+                response is not a stream.
+    has_asked   at least one request has arrived, answered or not.
+    has_ended   the client sends nothing more: it waits for its responses, or has gone.
+    inner_user  the user for whom the server calls itself (inner.py); None: a client's connection.
     """
 
     __slots__ = (
@@ -68,15 +74,15 @@ class HttpProtocol(web.RequestHandler):
         self.has_asked = False
         self.inner_user: str | None = None
         self._connections = connections
-        self._connection: asyncio.Transport | None = None  # also when aiohttp has let go of it
+        self._connection: asyncio.Transport | None = None  # kept longer than aiohttp's `transport`
         self._head_timer: asyncio.TimerHandle | None = None
         self._num_head_bytes = 0
         self._is_refused = False
         self._was_probed = False
-        self._is_receiving = False  # a body
-        self._slow_since_s = math.inf  # a body is read, or what is written is not taken
+        self._is_receiving = False  # a body is being received
+        self._slow_since_s = math.inf  # since when the client sends a body or does not read
 
-    # -- as a row of connections.py ----------------------------------------------------------------
+    # -- connections.Connection --------------------------------------------------------------------
 
     @property
     def is_idle(self) -> bool:
@@ -88,7 +94,8 @@ class HttpProtocol(web.RequestHandler):
         connection = self._connection
         if connection is None or connection.is_closing() or self.is_idle:
             return False
-        # A body that comes faster than it is read stops the reading too, and for a moment.
+        # While a body is received, reading pauses briefly whenever it arrives faster than it is
+        # consumed; that does not count.
         return self.has_ended or not (connection.is_reading() or self._is_receiving)
 
     @property
@@ -116,14 +123,14 @@ class HttpProtocol(web.RequestHandler):
         is_first, self._was_probed = not self._was_probed, True
         request = self.request
         if self._connection is None or request is None or self.num_unsent_bytes:
-            return False  # nothing to say, or what is unsent says it
+            return False  # nothing can be written, or the unsent bytes already serve as a probe
         if self.on_probe is not None:
             self.on_probe()
         elif not request.writer.output_size:
             if request.version >= HttpVersion11:
                 self._connection.write(CONTINUE)
             elif not is_first:
-                self._connections.cut(self)  # it knows of nothing that comes before an answer
+                self._connections.cut(self)  # HTTP/1.0 has nothing to send before a response
         return is_first
 
     def cut(self) -> None:
@@ -138,7 +145,7 @@ class HttpProtocol(web.RequestHandler):
         else:
             self.force_close()
 
-    # -- as asyncio's ------------------------------------------------------------------------------
+    # -- asyncio.Protocol --------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -153,7 +160,8 @@ class HttpProtocol(web.RequestHandler):
         self._connection = None
         self._end_head()
         super().connection_lost(exc)
-        # What broke is in cycles with its error: the bodies behind would stay for the collector.
+        # A failed request is in a reference cycle with its exception, so bodies that are queued
+        # behind it would stay until the garbage collector runs.
         self._messages.clear()
 
     def pause_writing(self) -> None:
@@ -167,8 +175,11 @@ class HttpProtocol(web.RequestHandler):
         self._connections.flow(self)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client has ended its side or is gone. Both look the same; probes find out which."""
-        is_gone = self.inner_user is not None  # the server never ends one side alone
+        """The client has shut down its sending side or has gone; only probes can tell which.
+
+        Returns False to close the connection, True to keep it open for the responses.
+        """
+        is_gone = self.inner_user is not None  # our own client never shuts down one side alone
         if is_gone or self.is_tls or self.is_idle or self._is_receiving:
             return False  # closes the connection
         self.has_ended = True
@@ -194,7 +205,7 @@ class HttpProtocol(web.RequestHandler):
                     self._refuse(refusal, after=number)
                     return
         elif data and self._waiter is not None and not self._waiter.done():
-            # Nothing is asked or answered on this connection: this is a part of a head.
+            # aiohttp waits for a request and got no whole one: these are parts of its headers.
             self._num_head_bytes += len(data)
             if self._num_head_bytes > bounds.MAX_HEAD_BYTES:
                 self._end_head()
@@ -210,7 +221,7 @@ class HttpProtocol(web.RequestHandler):
             self._head_timer = None
 
     def _refuse(self, error: RequestError, *, after: int = 0) -> None:
-        """Answer `after` requests of those that have come, then with `error`; read no more."""
+        """Answer the first `after` queued requests, then send `error`; ignore all further data."""
         self._is_refused = True
         while len(self._messages) > after:
             self._messages.pop()
@@ -218,12 +229,12 @@ class HttpProtocol(web.RequestHandler):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    # -- as aiohttp's ------------------------------------------------------------------------------
+    # -- aiohttp.web.RequestHandler ----------------------------------------------------------------
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        """Write what the handler has left to be written."""
+        """Write what the handler has not written itself. aiohttp calls this after each handler."""
         try:
             return await super().finish_response(request, resp, start_time)
         finally:
@@ -233,11 +244,11 @@ class HttpProtocol(web.RequestHandler):
             if self.num_unsent_bytes:
                 self._connections.stall(self)
             if self.has_ended and not self._messages:
-                self.force_close()  # what is written still leaves
+                self.force_close()  # what is written is still sent
 
     @contextmanager
     def receiving(self) -> Iterator[None]:
-        """A body is read: the client keeps the server waiting meanwhile."""
+        """A context in which a request's body is received, so the server waits for the client."""
         self._is_receiving, self._slow_since_s = True, time.monotonic()
         try:
             yield
@@ -245,11 +256,11 @@ class HttpProtocol(web.RequestHandler):
             self._is_receiving, self._slow_since_s = False, math.inf
 
     def unread(self, num_bytes: int) -> AbstractContextManager[None]:
-        """Count an answer of `num_bytes` while it is written; raises TooManyBytesError."""
+        """Count a response of `num_bytes` while the context lasts. Raises TooManyBytesError."""
         return self._connections.unread(self, num_bytes)
 
     def check_unread(self, num_bytes: int) -> None:
-        """Raise TooManyBytesError where there is no room for an answer of `num_bytes` now."""
+        """Raise TooManyBytesError where there is no room for a response of `num_bytes` now."""
         self._connections.check_unread(self, num_bytes)
 
     def handle_error(
@@ -259,11 +270,11 @@ class HttpProtocol(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """Called by aiohttp for broken HTTP (400) and for what the middleware let through."""
+        """Called by aiohttp for broken HTTP (400) and for exceptions that no middleware caught."""
         if request.writer.output_size > 0:
             raise ConnectionError("the response has begun, no other can follow")
         if isinstance(exc, ConnectionError):
-            raise exc  # the client has gone: nobody is answered, and it is no bug of ours
+            raise exc  # the client has gone, so there is nobody to answer and no bug of ours
         if status == 400:
             request_id.begin(request)
             get_logger().debug("broken HTTP from %s", request.remote)
@@ -277,14 +288,14 @@ class HttpProtocol(web.RequestHandler):
 
 
 def connection_of(request: web.BaseRequest) -> HttpProtocol:
-    """What `request` came on."""
+    """The connection that `request` arrived on."""
     protocol = request.protocol
     assert isinstance(protocol, HttpProtocol)
     return protocol
 
 
 class Serving(NamedTuple):
-    """An application that is served: its connections, and what makes one more."""
+    """A served application: its table of connections, and what makes the protocol of a new one."""
 
     connections: Connections
     make_protocol: Callable[[], HttpProtocol]
@@ -294,13 +305,13 @@ class Serving(NamedTuple):
 async def listening(
     app: web.Application, sock: socket.socket | None, *, tls: ssl.SSLContext | None = None
 ) -> AsyncIterator[Serving]:
-    """Serve `app` on a listening socket, TCP or Unix, or only to itself where that is None.
+    """Serve `app` on a listening socket, TCP or Unix, until the context ends; then close all.
 
-    At the end all connections are closed.
+    Where `sock` is None, only the server itself can connect, through inner.py.
     """
     if http_parser.HttpRequestParser is http_parser.HttpRequestParserPy:
         get_logger().warning(_PYTHON_PARSER)
-    # A client that leaves cancels its handler: that is what frees its sequences.
+    # When a client disconnects, its handler is cancelled, which frees its sequences.
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=LAST_FRAMES_S)
     await runner.setup()
     assert runner.server is not None
@@ -311,7 +322,7 @@ async def listening(
         "keepalive_timeout": bounds.KEEP_ALIVE_S,
         "max_line_size": bounds.MAX_FIELD_BYTES,
         "max_field_size": bounds.MAX_FIELD_BYTES,
-        "tcp_keepalive": False,  # acceptor.py sets it, once
+        "tcp_keepalive": False,  # acceptor.py sets it once, on the listening socket
         "loop": asyncio.get_running_loop(),
     }
     connections = Connections(is_tls=tls is not None)
@@ -329,14 +340,15 @@ async def listening(
 
 
 def _refusal(message: RawRequestMessage | _ErrInfo) -> RequestError | None:
-    """Why a request that can be parsed is not taken; None: it is."""
+    """Why a request that could be parsed is refused; None: it is accepted."""
     if isinstance(message, _ErrInfo):
         return None
     num_bytes = len(message.path)
     num_bytes += sum(len(name) + len(value) + 4 for name, value in message.raw_headers)
     if num_bytes > bounds.MAX_HEAD_BYTES:
         return _head_too_large()
-    if message.version not in (HttpVersion10, HttpVersion11):  # aiohttp would answer in the same
+    # aiohttp would answer any other version with that version.
+    if message.version not in (HttpVersion10, HttpVersion11):
         return InvalidRequestError("only HTTP/1.0 and HTTP/1.1 are spoken here")
     expectation = message.headers.get("Expect", "100-continue").strip().lower()
     if expectation != "100-continue":

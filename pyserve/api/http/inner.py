@@ -1,9 +1,9 @@
-"""Requests of the server to itself: batches take the road that clients' requests take.
+"""InnerClient: HTTP requests of the server to itself, for batches.
 
     InnerClient -> socket pair -> HttpProtocol -> the application, as if it came from the network
 
-No port, no file and no key: nobody else can have such a connection, so its user is believed. What
-comes on it is background: it gives way to all other requests.
+Nobody else can open such a connection, as it has no port and no file; so it needs no API key, and
+the user that it names is trusted. Its requests are background requests: all others go first.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pyserve.api.http import request_id
 from pyserve.api.http.http_protocol import HttpProtocol
 from pyserve.http_client import Connection, Endpoint, Reply
 
-ENDPOINT = Endpoint("inner", 80)  # for the Host header alone
+ENDPOINT = Endpoint("inner", 80)  # used only for the Host header
 
 
 class InnerClient:
-    """One user's connection of the server to itself; at most one request at a time."""
+    """A connection of the server to itself for one user; it carries one request at a time."""
 
     def __init__(self, make_protocol: Callable[[], HttpProtocol], user: str) -> None:
         self._make_protocol = make_protocol
@@ -30,10 +30,10 @@ class InnerClient:
         self._connection: Connection | None = None
 
     async def post(self, path: str, body: bytes, *, id: str) -> Reply:
-        """The whole answer to a request with a body of JSON and this id, however long it takes.
+        """POST `body` (JSON) to `path` with the request id `id`; returns the whole reply.
 
-        Never raises what is wrong with either: `error` and `status` of the reply say so. Cancelling
-        ends the request. OSError where there are no descriptors left.
+        There is no timeout. A failed request or reply does not raise: `error` and `status` of the
+        reply tell of it. Cancelling ends the request. Raises OSError where no descriptor is left.
         """
         if self._connection is None or not self._connection.is_usable:
             self._connection = await self._open()
@@ -44,7 +44,7 @@ class InnerClient:
         )
 
     def close(self) -> None:
-        """Close the connection, and end the request on it, if there is one."""
+        """Close the connection, which ends a request that runs on it."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -66,5 +66,8 @@ class InnerClient:
 
 
 def client_of(user: str) -> str:
-    """Between whom the server is shared: a user's batches take nothing from the user's requests."""
+    """The client (keys.CLIENT) of a user's batches, separate from that of the user's own requests.
+
+    So batches use up none of the limits that the user's other requests have.
+    """
     return f"{user}\0batch"

@@ -1,7 +1,8 @@
-"""API keys: who asks. A user is a name with its keys, or a key without a name (config.py).
+"""API keys: which user sends a request, and which client its use of the server counts for.
 
-What is scarce is shared between clients: the keys, or the addresses where all have the same key or
-none. A proxy is one address, whoever stands behind it: headers that name others can be forged.
+A user is a name with one or more keys, or a single key without a name (config.py). Limits and
+fairness apply per client: per user where there are several, else per network address. All that
+comes through a proxy counts as one address, because headers that name the real one can be forged.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from aiohttp import web
 
 from pyserve.config import UNNAMED
 
-USER = web.RequestKey("user", str)  # of a request that was let in
-CLIENT = web.RequestKey("client", str)  # likewise: with whom it shares what is scarce
-IS_BACKGROUND = web.RequestKey("is_background", bool)  # it gives way to all others
+USER = web.RequestKey("user", str)  # user of a request that has passed the check of its key
+CLIENT = web.RequestKey("client", str)  # client that limits and fairness count the request for
+IS_BACKGROUND = web.RequestKey("is_background", bool)  # requests that are not go first
 
 
 class Keys:
-    """The API keys, compared in constant time.
+    """The API keys and their users. Keys are compared in constant time.
 
-    keys        user and key of each.
-    is_shared   users get the prefix cache of each other's prompts.
-    users       each once, in the order of their keys.
+    keys        (user, key) pairs; empty: no key is needed.
+    is_shared   users share the prefix cache, instead of each having their own part of it.
+    users       the distinct users, in the order of their keys.
     """
 
     def __init__(self, keys: Sequence[tuple[str, str]], *, is_shared: bool = False) -> None:
@@ -35,10 +36,9 @@ class Keys:
         self.users = tuple(dict.fromkeys(user for user, _ in keys))
 
     def user(self, request: web.Request) -> str | None:
-        """Who asks, "" where no key is needed, None: nobody known.
+        """The user of a request; "" where no key is needed, None where the key is wrong or missing.
 
-        The key comes as a Bearer token, as OpenAI's clients send it, or in x-api-key, as
-        Anthropic's do.
+        The key is a Bearer token, as OpenAI's clients send it, or in x-api-key, as Anthropic's do.
         """
         if not self._digests:
             return ""
@@ -50,14 +50,14 @@ class Keys:
         return by_header
 
     def client(self, request: web.Request, user: str) -> str:
-        """Between whom the server is shared: `user` where there are several, else the address."""
+        """The client of a request: `user` where there are several users, else the address."""
         return user if len(self.users) > 1 else network(request.remote or "")
 
     def owner(self, user: str) -> str:
-        """What names `user` in files that outlive this process.
+        """A name for `user` in files that outlive this process.
 
-        A user without a name is named by its place among the keys, which another key may have next
-        time: so it is by the key itself, of which a digest tells nothing.
+        A user without a name is called by the position of its key, which may belong to another key
+        after a restart. So such a user gets a digest of the key, which does not reveal the key.
         """
         if not user.startswith(UNNAMED):
             return user
@@ -65,10 +65,10 @@ class Keys:
         return f"sha256:{hashlib.sha256(''.join(digests).encode()).hexdigest()[:32]}"
 
     def cache_salt(self, user: str, asked: str) -> str:
-        """What keeps `user`'s prompts apart in the prefix cache, with the salt asked for.
+        """The prefix-cache salt of a request: `asked`, the client's own, combined with `user`.
 
-        A prompt that is found there is answered sooner, and `cached_tokens` tells how much of it
-        was: whoever shares the cache can find out what the others have asked.
+        A cached prompt is answered faster, and `cached_tokens` says how much of it was cached. So
+        users who share the cache could find out each other's prompts, unless salts separate them.
         """
         if len(self.users) < 2 or self._is_shared:
             return asked
@@ -76,18 +76,21 @@ class Keys:
 
     def _user_of(self, key: str) -> str | None:
         digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        # All are compared, so that the time does not tell which one it was.
+        # All keys are compared, so that the time taken does not reveal which one matched.
         users = [user for user, known in self._digests if hmac.compare_digest(digest, known)]
         return users[0] if users else None
 
 
 @lru_cache(maxsize=4096)
 def network(address: str) -> str:
-    """An address as one client has it: of IPv6 everybody has 2^64 of their own."""
+    """The network of `address` that counts as one client: IPv4 alone, of IPv6 the /64 prefix.
+
+    An IPv6 client has 2^64 addresses to choose from. Returns "" for what is not an address.
+    """
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
-        return ""  # of a Unix socket
+        return ""  # a Unix socket has no address
     if isinstance(parsed, ipaddress.IPv4Address):
         return str(parsed)
     if parsed.ipv4_mapped is not None:

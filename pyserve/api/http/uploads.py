@@ -1,7 +1,7 @@
-"""Request bodies on their way in: bounded in memory all together, and in size and time each.
+"""Uploads: reads request bodies. Limits the size and time of each, and the memory of all together.
 
-Bytes are counted as they come, not as they are announced: a client that announces much and sends
-nothing takes nothing from the others.
+Bytes are counted as they arrive, not when Content-Length announces them, so a client that
+announces much and sends nothing takes no room from others.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pyserve.errors import (
     UnavailableError,
 )
 
-NUM_BODY_BYTES = web.RequestKey("num_body_bytes", int)  # of a request whose body has been read
+NUM_BODY_BYTES = web.RequestKey("num_body_bytes", int)  # set once the body has been read
 
 
 class Uploads:
-    """Those of one server; it lives on the event loop."""
+    """The request bodies of one server. All methods run on the event loop."""
 
     def __init__(self) -> None:
         self._budget = ByteBudget(bounds.MAX_UPLOAD_BYTES, bounds.MAX_CLIENT_UPLOAD_BYTES)
@@ -37,15 +37,15 @@ class Uploads:
 
     @property
     def num_bytes(self) -> int:
-        """Of all bodies that are counted now."""
+        """Counted bytes of all bodies that are in memory."""
         return self._budget.num_bytes
 
     @asynccontextmanager
     async def read(self, request: web.Request, *, max_bytes: int) -> AsyncIterator[bytes]:
-        """The body of `request`, of `max_bytes` at most; it is counted until the context ends.
+        """Read the body of `request`, at most `max_bytes`; it is counted until the context ends.
 
-        Raises RequestError: it is too large, too late or cut off, there is no room for it, or the
-        server shuts down.
+        Raises a RequestError where the body is too large, too late, cut off or badly encoded, where
+        there is no room for it, or where the server shuts down.
         """
         announced = request.content_length or 0
         if announced > max_bytes:
@@ -65,7 +65,7 @@ class Uploads:
             counted.release()
 
     def close(self) -> None:
-        """The server shuts down: bodies that have not come are not waited for."""
+        """Shut down: stop waiting for bodies that have not arrived, and refuse further ones."""
         self._is_closed = True
         for reading in self._reading:
             reading.cancel()
@@ -77,7 +77,8 @@ class Uploads:
         if self._is_closed:
             raise _shutting_down()
         reading = asyncio.ensure_future(_read(request, counted, max_bytes))
-        # Where this task is cancelled in the same turn, nobody else asks for its error.
+        # If this task is cancelled in the turn in which `reading` fails, nobody else retrieves the
+        # exception, and asyncio would log it.
         reading.add_done_callback(lambda task: task.cancelled() or task.exception())
         self._reading.add(reading)
         try:
@@ -94,7 +95,7 @@ class Uploads:
 
 
 class _Counted:
-    """What of one body is counted: all beyond SMALL_BODY_BYTES."""
+    """Counts one body in the budget, except for its first SMALL_BODY_BYTES."""
 
     def __init__(self, budget: ByteBudget, client: str) -> None:
         self._budget = budget
@@ -102,7 +103,7 @@ class _Counted:
         self._num_bytes = 0
 
     def check(self, size: int) -> None:
-        """Raise TooManyBytesError where a body of `size` has no room now."""
+        """Raise TooManyBytesError where there is no room for a body of `size` bytes in all."""
         more = max(size - bounds.SMALL_BODY_BYTES, 0) - self._num_bytes
         if more > 0 and not self._budget.has_room(self._client, more):
             raise TooManyBytesError(
@@ -113,7 +114,7 @@ class _Counted:
             )
 
     def grow(self, size: int) -> None:
-        """`size` bytes of it have come. Raises as `check`."""
+        """Count the body up to `size` bytes, which have arrived in all. Raises as `check` does."""
         self.check(size)
         more = max(size - bounds.SMALL_BODY_BYTES, 0) - self._num_bytes
         self._budget.add(self._client, more)
@@ -125,7 +126,8 @@ class _Counted:
 
 
 async def _read(request: web.Request, counted: _Counted, max_bytes: int) -> bytes:
-    # Not request.read(), which keeps the body as long as the request: an hour of streaming maybe.
+    # request.read() would keep the body for as long as the request lives, maybe an hour of
+    # streaming.
     body = bytearray()
     while piece := await request.content.readany():
         size = len(body) + len(piece)
