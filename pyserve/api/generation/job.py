@@ -1,7 +1,7 @@
-"""What is asked of the engine, whichever endpoint has been asked for it.
+"""Job: a request to generate, in a form that is the same for all endpoints.
 
-Each endpoint checks its wire type and makes one Job of it; nothing behind this line knows a wire
-type of a request.
+Each endpoint checks its wire type and converts it into one Job. Nothing that handles the Job knows
+the wire types of requests.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from pyserve.text.reasoning import ReasoningStage
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is submitted: all that takes time in proportion to it has been done, on a thread.
+    """A tokenised prompt. A worker thread has done all work whose time grows with its length.
 
-    echo         what to show before its answers, "": nothing.
-    detokenizer  of a text that goes on where the prompt ends; each answer takes a copy.
-    offsets      where the text of each token begins in `echo`, in characters; None: it is not told.
-    text         what the model is given, where it is told; None: it is not.
+    echo         text to show before each of its answers; "": nothing.
+    detokenizer  decodes text that continues the prompt; each answer uses a copy of it.
+    offsets      where the text of each token begins in `echo`, in characters; None: the tokens of
+                 the prompt are not shown.
+    text         the prompt as the model gets it, where the response shows it; None: it does not.
     """
 
     token_ids: list[int]
@@ -39,13 +40,13 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How the text of a sequence ends; the same for all sequences of a request.
+    """What ends the text of a sequence; the same for all sequences of a request.
 
     stop           strings that end the answer, none of them empty.
-    is_stop_kept   what ended the answer stays in its text.
+    is_stop_kept   the stop string or stop token that ended the answer stays in its text.
     eos_token_id   ends the answer without a stop_reason; None where EOS is ignored.
-    min_tokens     the text of so many output tokens is never part of a match of a stop string.
-    call_reason    the finish_reason of an answer that has ended by itself and calls tools.
+    min_tokens     the text of the first so many output tokens is not searched for stop strings.
+    call_reason    the finish_reason of an answer that stopped by itself and calls tools.
     """
 
     stop: list[str]
@@ -57,11 +58,11 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class BeamSearch:
-    """How the answers to a prompt are searched for.
+    """Parameters of a beam search.
 
-    width           beams that are followed.
-    length_penalty  the exponent of the length that a beam's logprob is divided by: above 0 it is
-                    for long answers, below 0 against them.
+    width           number of beams that are kept in each round.
+    length_penalty  a beam's score is its cumulative logprob divided by its length to this power:
+                    above 0 favours long answers, below 0 short ones.
     """
 
     width: int
@@ -69,29 +70,31 @@ class BeamSearch:
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """One request: every prompt is answered n times.
+    """One request. Every prompt is answered n times.
 
-    params            of each prompt.
-    best_of           so many sequences answer a prompt, at least n, of which the n most likely are
-                      shown; 0: n, and all are.
-    beam              the answers are searched for; None: they are sampled.
-    make_reasoning    for each answer what tells its thinking from the rest; None: nothing does.
-    make_stage        a stage for each answer, which turns its text, without thinking, into parts.
-    make_constraint   a constraint for each answer, which says the tokens that it may have; None:
-                      all.
-    words             how the endpoint tells of the answers' tokens; None: it does not.
-    is_run            False: the prompts are shown and nothing is generated.
-    is_prompt_only    the prompts are run and nothing is shown of what is generated.
+    params            sampling parameters of each prompt.
+    best_of           number of sequences that are generated for each prompt, at least n; the n with
+                      the highest mean logprob are shown. 0: n, which are all shown.
+    beam              answers come from a beam search; None: they are sampled.
+    make_reasoning    makes for each answer what separates its reasoning from its content; None:
+                      nothing does.
+    make_stage        makes for each answer the stage that turns its text, without reasoning, into
+                      parts.
+    make_constraint   makes for each answer the constraint on its tokens; it returns None where all
+                      tokens are allowed.
+    words             how the endpoint formats the answers' tokens; None: tokens are not shown.
+    is_run            False: only the prompts are shown, and nothing is generated.
+    is_prompt_only    the prompts are run, but what is generated is not shown.
     is_streamed, include_usage, has_continuous_usage
-                      whether the answer is a stream, ends with the usage of all choices, and has
+                      whether the response is a stream, ends with the usage of all choices, and has
                       the usage so far in every frame.
-    is_background     it gives way to all that is not.
-    cache_salt        of the client: the prefix cache is shared only by requests with the same one.
-    request_id        of the client; "": the server's own.
-    model             the name that was asked for, which may be an adapter's; "": the served one.
+    is_background     all requests that are not in the background go first.
+    cache_salt        the client's salt: only requests with the same salt share the prefix cache.
+    request_id        the client's id of the request; "": the server makes one.
+    model             the requested model name, which may be an adapter's; "": the served model.
     ignored           fields of the request that had no effect.
-    merged            what was done to the order of the messages, as turn_order.in_order has it.
-    clamped           "name=tokens" where the context cuts a token limit; "": it does not.
+    merged            how the order of the messages was changed, as turn_order.in_order returns it.
+    clamped           "name=tokens" where the context length reduced a token limit; "": it did not.
     """
 
     prompts: list[Prompt]

@@ -1,9 +1,9 @@
-"""One line for every request that used the model, at its end; on demand one at its arrival.
+"""RequestLog: one log line at the end of every request that used the model.
 
-Lines hold numbers and names of fields, never a text of the client's: no prompt, no stop string, no
-message of an error, which may quote one. A flood of requests is no flood of lines: what comes too
-fast is counted, and the next line says how many. The lines of a batch have none: their errors are
-in its files.
+With --enable-log-requests there is another one at its arrival. The lines hold numbers and field
+names, never text of the client's: no prompt, no stop string, and no error message, which may quote
+them. The rate of lines is limited; those left out are counted, and the next line says how many.
+Requests from batches are not logged, because their errors are in the batch's files.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from pyserve.words import counted
 LINES_PER_S, MAX_BURST_LINES = 50.0, 500.0
 MAX_PARAM_CHARS = 64
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.\[\]-]")
-# Whether the request that this task answers has its line. An error may be raised after that; it
-# gets no second one.
+# Whether the end of the request that this task answers has been logged. An error that is raised
+# after that gets no second line.
 _has_ended: ContextVar[bool] = ContextVar("has_ended", default=False)
 
 
 class LineBudget:
-    """Allows `max_burst_lines` at once, and `lines_per_s` after that.
+    """A token bucket: allows `max_burst_lines` at once, and `lines_per_s` in the long run.
 
-    num_dropped  lines that there was no room for, since `pop_dropped`.
+    num_dropped  lines that were not allowed since the last `pop_dropped`.
     """
 
     def __init__(self, lines_per_s: float, max_burst_lines: float) -> None:
@@ -45,7 +45,7 @@ class LineBudget:
         self.num_dropped = 0
 
     def take(self, now_s: float) -> bool:
-        """Whether there is room for one more line."""
+        """Take room for one line at monotonic time `now_s`; False, counted, where there is none."""
         refill = (now_s - self._refilled_s) * self._lines_per_s
         self._num_lines = min(self._num_lines + refill, self._max_burst_lines)
         self._refilled_s = now_s
@@ -62,7 +62,7 @@ class LineBudget:
 
 
 class RequestLog:
-    """The lines of one server. has_arrivals: --enable-log-requests."""
+    """Logs the requests of one server; `has_arrivals`: their arrivals too."""
 
     def __init__(self, *, has_arrivals: bool) -> None:
         self._has_arrivals = has_arrivals
@@ -70,15 +70,15 @@ class RequestLog:
 
     @property
     def num_dropped(self) -> int:
-        """Lines left out since the last one."""
+        """Lines that were left out since the last one was written."""
         return self._budget.num_dropped
 
     def begin(self) -> None:
-        """This task begins to answer a request."""
+        """Note that this task begins to answer a request."""
         _has_ended.set(False)
 
     def arrived(self, request: web.BaseRequest, generation: Generation) -> None:
-        """All sequences of a request have been queued."""
+        """Log, if enabled, that all sequences of a request have been queued."""
         if not self._has_arrivals or not self._take_line(request):
             return
         choice = generation.choices[0]
@@ -90,7 +90,7 @@ class RequestLog:
         _say(request, text)
 
     def ended(self, request: web.BaseRequest, generation: Generation) -> None:
-        """All choices have ended; nothing is said of a request that never had any."""
+        """Log that all choices of a request have ended; nothing where there were none."""
         if not generation.choices:
             return
         _has_ended.set(True)
@@ -98,9 +98,9 @@ class RequestLog:
             _say(request, describe(generation, time.monotonic()))
 
     def refused(self, request: web.BaseRequest, error: RequestError) -> None:
-        """The request has ended in `error`; no line where `ended` has written one.
+        """Log that a request has ended with `error`, unless `ended` has already logged its end.
 
-        Refusals of a full queue have no lines: the engine counts them and logs the sum.
+        Refusals because of a full queue are not logged one by one: stats_log.py logs their number.
         """
         if _has_ended.get() or isinstance(error, QueueFullError) or not self._take_line(request):
             return
@@ -122,7 +122,7 @@ def _say(request: web.BaseRequest, text: str) -> None:
 
 
 def describe(generation: Generation, now: float) -> str:
-    """How a request has ended, what it took and how long."""
+    """The text of a line at monotonic time `now`: how a request ended, its tokens and its times."""
     choices = generation.choices
     reasons = ",".join(dict.fromkeys(str(choice.finish_reason) for choice in choices))
     usage = generation.usage()
@@ -150,7 +150,7 @@ def _queued_s(choice: Choice) -> float:
 
 
 def _settings(choice: Choice) -> list[tuple[str, object]]:
-    """Parameters that differ from the defaults; of lists and mappings only their length."""
+    """Names and values of parameters that differ from the defaults; of collections the length."""
     params = choice.params
     defaults = SamplingParams(max_tokens=params.max_tokens)
     settings: list[tuple[str, object]] = [("max_tokens", params.max_tokens)]

@@ -1,4 +1,4 @@
-"""Work that has to be done on the event loop, cut into slices."""
+"""Slices: lets work that must run on the event loop yield to other tasks in between."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SLICE_S = 0.01
 
 
 class Slices:
-    """Await `rest` after each small part: every SLICE_S it lets other tasks run."""
+    """Await `rest` after each small piece of work: once per SLICE_S it lets other tasks run."""
 
     def __init__(self) -> None:
         self._ends_s = time.monotonic() + SLICE_S

@@ -1,7 +1,7 @@
-"""Server-sent events: one write per wake-up and connection, one frame per choice that has news.
+"""Server-sent events: each wake-up of a stream is one write, with the frames of all new parts.
 
-A slow reader stops only its own coroutine: what it does not fetch gathers as token ids in its
-sequences, which are bounded.
+A slow reader blocks only its own coroutine. What it has not read yet stays in its sequences as
+token ids, whose number is bounded.
 """
 
 from __future__ import annotations
@@ -22,61 +22,64 @@ from pyserve.errors import AbortedError, RequestError, release_frames
 from pyserve.text.parts import Part
 
 COMMENT = b": keep-alive\n\n"
-SILENCE_S = 10.0  # then a comment goes out, as proxies cut silent connections
+SILENCE_S = 10.0  # after this time a comment is sent, because proxies cut silent connections
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache, no-transform",  # what compresses on the way would hold it back
-    "X-Accel-Buffering": "no",  # nginx would hold the stream back
+    "Cache-Control": "no-cache, no-transform",  # a proxy that compresses would delay the frames
+    "X-Accel-Buffering": "no",  # nginx would buffer the stream
 }
 
 
 class Frames(Protocol):
-    """The frames of one answer in the words of one endpoint, as bytes that end in a blank line."""
+    """Formats the frames of one response in the format of one endpoint.
+
+    Every method returns zero or more whole server-sent events, each of which ends in a blank line.
+    """
 
     def begin(self) -> bytes:
-        """What comes at once, while all choices wait for their turn; may be empty."""
+        """Frames that are sent at once, while all choices are still queued; may be empty."""
 
     def first(self, choice: Choice) -> bytes:
-        """What comes before the first part of a choice."""
+        """Frames that come before the first part of a choice."""
 
     def part(self, choice: Choice, part: Part) -> bytes: ...
 
     def finish(self, choice: Choice, last: Part | None) -> bytes:
-        """The end of a choice; it carries its last part, where there is one left."""
+        """The end of a choice, with its last part, if one is left to send."""
 
     def end(self, usage: Usage) -> bytes:
-        """The end of the stream, when all choices have ended; `usage` is theirs."""
+        """The end of the stream, after all choices have ended; `usage` is the usage of them all."""
 
     def failed(self, error: RequestError) -> bytes:
-        """The end of a stream that fails on the way."""
+        """The end of a stream that fails after it has begun."""
 
     def keep_alive(self, choices: Sequence[Choice]) -> bytes:
-        """What goes out where nothing else has for SILENCE_S; COMMENT where there are no words."""
+        """Frames to send after SILENCE_S; COMMENT where the endpoint has no event for that."""
 
 
 class Source(Protocol):
-    """Where a stream comes from.
+    """What `send` reads a stream's data from.
 
-    is_over  what `read` has returned last is its end.
+    is_over  what `read` returned last was the end of the stream.
     """
 
     is_over: bool
 
     async def read(self) -> bytes:
-        """What is to be sent next; empty where it has only been woken."""
+        """Wait for the data to send next; empty where `wake` was called and there is none."""
 
     def wake(self) -> None:
-        """Let `read` return."""
+        """Let `read` return, even without data."""
 
     def keep_alive(self) -> bytes:
-        """What is to be sent where nothing else is."""
+        """Data to send to a client that has got nothing else for a while."""
 
     def fail(self, error: Exception) -> bytes:
-        """The stream ends here, with this."""
+        """End the stream because of `error`; returns the data to send as its end."""
 
 
 class Live:
-    """The stream of a generation that runs, in the words of its endpoint."""
+    """Implements Source for a running generation, in the format of its endpoint."""
 
     def __init__(self, generation: Generation, frames: Frames) -> None:
         self.is_over = False
@@ -86,7 +89,7 @@ class Live:
         self._has_begun = self._has_first = False
 
     async def read(self) -> bytes:
-        """As Source has it. What fails from here on becomes the end of the stream."""
+        """See Source. All errors but that of a lost connection become the end of the stream."""
         try:
             return await self._read()
         except ConnectionError:
@@ -95,11 +98,10 @@ class Live:
             return self.fail(error)
 
     def keep_alive(self) -> bytes:
-        """In the words of the endpoint."""
         return self._frames.keep_alive(self._generation.choices)
 
     def fail(self, error: Exception) -> bytes:
-        """In the words of the endpoint."""
+        """See Source. Also ends the generation, and logs an error that is a bug of ours."""
         self.is_over = True
         self._generation.close("abort" if isinstance(error, AbortedError) else "error")
         if not isinstance(error, RequestError):
@@ -135,38 +137,39 @@ class Live:
 
 
 class Said:
-    """A stream that is known before it is sent."""
+    """Implements Source for a stream whose data is known before it is sent."""
 
     def __init__(self, data: bytes) -> None:
         self.is_over = False
         self._data = data
 
     async def read(self) -> bytes:
-        """All of it."""
+        """Return all data at once."""
         self.is_over = True
         return self._data
 
     def wake(self) -> None:
-        """Nothing is waited for."""
+        """Do nothing: `read` never waits."""
 
     def keep_alive(self) -> bytes:
-        """Nor is it silent."""
+        """Never needed, because `read` never waits."""
         return COMMENT
 
     def fail(self, error: Exception) -> bytes:
-        """It is sent at once."""
+        """End without an error frame, in place of data that there is no room to send."""
         return b""
 
 
 async def send(
     request: web.Request, source: Source, *, headers: dict[str, str]
 ) -> web.StreamResponse:
-    """Answer with a stream, from the 200 to its end."""
+    """Send the data of `source` as the response, until it is over; returns the response."""
     response = web.StreamResponse(headers={**HEADERS, **headers})
     if request.version < HttpVersion11:
-        response.force_close()  # no chunked coding there: the end of the connection ends the stream
+        # HTTP/1.0 has no chunked encoding: closing the connection is what ends the stream.
+        response.force_close()
     await response.prepare(request)
-    write_frame = request.writer.write  # what response.write comes to, two coroutines further
+    write_frame = request.writer.write  # what response.write calls, without two coroutines between
     heartbeat = _Heartbeat(source.wake)
     connection = connection_of(request)
     connection.on_probe = heartbeat.hurry
@@ -196,7 +199,10 @@ async def send(
 
 
 class _Heartbeat:
-    """Wakes the writer of a stream that has been silent for SILENCE_S: queued, or in prefill."""
+    """Wakes the writer of a stream after SILENCE_S without data: it is queued, or in prefill.
+
+    is_due  something should be sent now, even if it is only a comment.
+    """
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self.is_due = False
@@ -206,12 +212,12 @@ class _Heartbeat:
         self._timer = self._loop.call_later(SILENCE_S, self._beat)
 
     def note(self) -> None:
-        """Something has been said."""
+        """Note that something has been sent."""
         self.is_due = False
         self._last_s = self._loop.time()
 
     def hurry(self) -> None:
-        """Say something now, unless something has been said just now."""
+        """Have something sent now, unless something was sent within PROBE_S / 2."""
         if self._loop.time() - self._last_s > PROBE_S / 2:
             self.is_due = True
             self._wake()

@@ -1,4 +1,4 @@
-"""Tokens of an answer whose logprobs or ids are shown: which of them the shown text holds."""
+"""ToldTokens: which tokens the shown text is made of, for answers that show ids or logprobs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pyserve.client import TokenLogprobs
 
 
 class Told(msgspec.Struct, frozen=True, gc=False):
-    """A token of an answer, or of its echoed prompt.
+    """A token that is shown: one of an answer, or of its echoed prompt.
 
-    offset    where its text begins in that of the answer, in characters.
-    logprobs  None: they were not asked for, or nothing comes before the token.
+    offset     where its text begins in the text of the answer, in characters.
+    logprobs   its logprobs; None where none were requested, and for the first token of a prompt.
+    is_prompt  it belongs to the echoed prompt.
     """
 
     token_id: int
@@ -24,45 +25,45 @@ class Told(msgspec.Struct, frozen=True, gc=False):
 
 
 class ToldTokens:
-    """Holds the tokens of one answer until their text is settled.
+    """Holds the tokens of one answer until it is certain that their text is shown.
 
-    A token is given with the first text of it that is shown; one without a text of its own, such
-    as the first part of a character, with what comes before it. So a token that a stop string has
-    cut away whole is never given.
+    A token is released with the first of its characters that is shown. A token that completes no
+    character, such as the first bytes of one, is released with the text before it. So a token whose
+    text a stop string has cut off entirely is never released.
 
-    is_ended  no token comes any more and none is cut away: all that are held are given next.
+    is_ended  the answer has ended and no more text is cut off: `settle` releases all that is held.
     """
 
     def __init__(self, offset: int) -> None:
-        """`offset`: characters in front of the answer's own, those of an echoed prompt."""
+        """`offset`: number of characters of the echoed prompt, which come before the answer."""
         self.is_ended = False
         self._num_chars = self._num_settled = offset
         self._logprobs: deque[TokenLogprobs] = deque()
-        self._held: deque[tuple[Told, int]] = deque()  # with the end of its text
+        self._held: deque[tuple[Told, int]] = deque()  # each with the offset where its text ends
 
     @property
     def is_due(self) -> bool:
-        """Whether tokens are left that no text will bring along."""
+        """Whether the answer has ended and tokens are held that no further text will release."""
         return self.is_ended and bool(self._held)
 
     def expect(self, logprobs: list[TokenLogprobs] | None) -> None:
-        """Those of the next tokens to be pushed, where they were asked for."""
+        """Take the logprobs of the tokens that are pushed next; None where none were requested."""
         self._logprobs.extend(logprobs or ())
 
     def push(self, token_id: int, num_chars: int) -> None:
-        """The next token, which completes so many characters."""
+        """Hold the next token, which completes `num_chars` characters of the answer's text."""
         logprobs = self._logprobs.popleft() if self._logprobs else None
         begin, self._num_chars = self._num_chars, self._num_chars + num_chars
         self._held.append((Told(token_id, begin, logprobs), self._num_chars))
 
     def end(self, token_ids: Sequence[int]) -> None:
-        """The answer has ended, with these tokens, of which no text is shown."""
+        """End the answer; `token_ids` are its last tokens, whose text is not shown."""
         for token_id in token_ids:
             self.push(token_id, 0)
         self.is_ended = True
 
     def settle(self, num_chars: int) -> tuple[Told, ...]:
-        """The tokens of the next `num_chars` characters, which are shown now."""
+        """Release the tokens of the next `num_chars` characters, which are shown now."""
         self._num_settled += num_chars
         settled = []
         while self._held:

@@ -1,4 +1,4 @@
-"""The socket that the server listens on: TCP or Unix, plain or TLS; open before anything loads."""
+"""The socket that the server listens on: TCP or Unix, plain or TLS. It opens before loading."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pyserve.api.http.bounds import BACKLOG
 from pyserve.config import ServerConfig
 from pyserve.errors import StartupError
 
-MAX_UDS_BYTES = 107  # sockaddr_un without its closing NUL
-UDS_UMASK = 0o117  # the socket is for its owner and group: 0660
+MAX_UDS_BYTES = 107  # size of the path in sockaddr_un, without its closing NUL
+UDS_UMASK = 0o117  # gives the socket's file the mode 0660: for its owner and group
 CONNECT_TIMEOUT_S = 1.0
-PORT_ERRORS = (errno.EADDRINUSE, errno.EACCES, errno.EPERM)  # taken, or only for root
+PORT_ERRORS = (errno.EADDRINUSE, errno.EACCES, errno.EPERM)  # the port is taken, or only for root
 
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A listening socket and how clients are to speak to it."""
+    """A listening socket, the TLS context of its connections (None: plain HTTP) and its URL."""
 
     sock: socket.socket
     tls: ssl.SSLContext | None
@@ -33,7 +33,7 @@ class Listener:
 
 @contextmanager
 def listening_socket(config: ServerConfig) -> Iterator[Listener]:
-    """Open what `config` says; the socket is closed, and its file gone, at the end.
+    """Open the TCP or Unix socket of `config`; at the end close it and remove its file, if any.
 
     Raises StartupError naming the flag at fault.
     """
@@ -73,13 +73,16 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def url(host: str, sock: socket.socket, *, is_tls: bool = False) -> str:
-    """Where the server answers."""
+    """The URL of a server whose TCP socket is `sock`."""
     scheme, port = "https" if is_tls else "http", sock.getsockname()[1]
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def tls_context(certfile: Path | None, keyfile: Path | None) -> ssl.SSLContext | None:
-    """TLS 1.2 or later with this chain; None without one. Raises StartupError naming the file."""
+    """A context for TLS 1.2 or later with this certificate chain; None where none is given.
+
+    `keyfile` None: the key is in `certfile`. Raises StartupError naming the file at fault.
+    """
     if certfile is None:
         return None
     key_flag = "--ssl-certfile" if keyfile is None else "--ssl-keyfile"
@@ -91,7 +94,7 @@ def tls_context(certfile: Path | None, keyfile: Path | None) -> ssl.SSLContext |
             raise StartupError(f"{flag} {path}: {os.strerror(error.errno or 0)}") from None
 
     def refuse_password() -> str:
-        # OpenSSL would ask for it on the terminal.
+        # Without this callback OpenSSL would ask for the password on the terminal.
         raise StartupError(
             f"{key_flag} {keyfile or certfile} is protected by a password: give a key without one"
         )
@@ -113,7 +116,10 @@ def tls_context(certfile: Path | None, keyfile: Path | None) -> ssl.SSLContext |
 
 @contextmanager
 def _unix_socket(path: Path) -> Iterator[socket.socket]:
-    """Listen on `path`; the file of a server that has died is replaced, any other is left alone."""
+    """Listen on a Unix socket at `path`. Raises StartupError.
+
+    Replaces a socket file on which no server listens any more, and refuses any other file.
+    """
     name = os.fsencode(path)
     if len(name) > MAX_UDS_BYTES:
         raise StartupError(
@@ -141,7 +147,7 @@ def _remove_stale(path: Path) -> None:
     try:
         found = os.lstat(path)
     except OSError:
-        return  # what is wrong with the folder is told by bind
+        return  # nothing is there; if the folder is at fault, bind will say so
     if not stat.S_ISSOCK(found.st_mode):
         raise StartupError(f"--uds {path} is there already and is not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -149,7 +155,7 @@ def _remove_stale(path: Path) -> None:
         try:
             probe.connect(os.fsencode(path))
         except ConnectionRefusedError:
-            pass  # nobody listens: its server was killed
+            pass  # nobody listens, so its server was killed
         except FileNotFoundError:
             return
         except OSError as error:
@@ -166,7 +172,7 @@ def _remove_stale(path: Path) -> None:
 
 
 def _remove_own(path: Path, mine: os.stat_result) -> None:
-    """Another server may have put its own there meanwhile."""
+    """Remove our socket file, unless another server has meanwhile put its own there."""
     try:
         found = os.lstat(path)
         if (found.st_ino, found.st_dev) == (mine.st_ino, mine.st_dev):

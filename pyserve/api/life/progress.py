@@ -1,4 +1,4 @@
-"""Progress of a start, or of a batch: one bar that moves on a terminal, plain lines elsewhere."""
+"""Progress of a start-up or a batch on stderr: a moving bar on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from pyserve.api.life.startup import Phase, Startup
 BAR_INTERVAL_S = 0.2
 LINE_INTERVAL_S = 5.0
 BAR_CHARS = 30
-IN_BYTES = ("download", "load")  # phases whose figures are bytes; others count shares of the work
+IN_BYTES = ("download", "load")  # phases that count bytes; others count units of work
 CLEAR_LINE = "\r\x1b[K"
 
 
 class Shown(NamedTuple):
-    """What a line says: how far it is, 0 to 1 and None where that is unknown, and words."""
+    """What to show: the progress from 0 to 1, None where it is unknown, and a line of text."""
 
     progress: float | None
     words: str
 
     def with_bar(self) -> str:
-        """The words after a bar."""
+        """A bar that shows the progress, followed by the text."""
         filled = round(BAR_CHARS * (self.progress or 0.0))
         return f"[{'#' * filled + '.' * (BAR_CHARS - filled)}] {self.words}"
 
 
 async def show_progress(startup: Startup) -> None:
-    """Of a start, until it is cancelled, on stderr."""
+    """Show the progress of a start-up until this is cancelled."""
     await show(lambda now_s: Shown(startup.phase.progress, describe(startup.phase, now_s)))
 
 
 async def show(look: Callable[[float], Shown]) -> None:
-    """What `look` says at a time, in monotonic seconds; until it is cancelled, on stderr."""
+    """Show what `look` returns for the present monotonic time, in s, until this is cancelled."""
     if sys.stderr.isatty():
         await _draw_bar(look)
     while True:
@@ -46,8 +46,11 @@ async def show(look: Callable[[float], Shown]) -> None:
 
 
 def describe(phase: Phase, now_s: float) -> str:
-    """One line: "load: 1.20 of 4.00 GB (30%), 900 MB/s, 3 s left"; "build: 45%, 30 s left";
-    "start: 12 s so far"."""
+    """A phase in one line, with as much as is known of it.
+
+    For instance "load: 1.20 of 4.00 GB (30%), 900 MB/s, 3 s left", "build: 45%, 30 s left" or
+    "start: 12 s so far".
+    """
     is_in_bytes = phase.name in IN_BYTES
     if phase.progress is None or (not phase.done and not is_in_bytes):
         return f"{phase.name}: {now_s - phase.began_s:.0f} s so far"
@@ -63,7 +66,7 @@ def describe(phase: Phase, now_s: float) -> str:
 
 
 class _ClearsLine(logging.Handler):
-    """Takes the bar away before the line of the handler after it."""
+    """Erases the bar before the next log handler writes its line."""
 
     def emit(self, record: logging.LogRecord) -> None:
         log.draw(CLEAR_LINE, is_optional=False)
@@ -71,7 +74,7 @@ class _ClearsLine(logging.Handler):
 
 async def _draw_bar(look: Callable[[float], Shown]) -> None:
     clears = _ClearsLine()
-    log.get_logger().addHandler(clears)  # comes before the root's
+    log.get_logger().addHandler(clears)  # runs before the root logger's handlers
     try:
         while True:
             log.draw(CLEAR_LINE + look(time.monotonic()).with_bar())

@@ -1,4 +1,4 @@
-"""--ready-file: a file that is there exactly while the server takes requests."""
+"""--ready-file: a file that exists exactly while the server accepts requests."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pyserve.errors import StartupError
 
 
 class ReadyFile:
-    """Appears whole or not at all. The next start removes one that a killed server has left."""
+    """Writes the file atomically. Making one removes the file that a killed server has left."""
 
     def __init__(self, path: Path | None) -> None:
-        """Raises StartupError where there can be no such file."""
+        """Raises StartupError where the file cannot be written. `path` None: there is no file."""
         self._path = path
         if path is None:
             return
@@ -29,7 +29,7 @@ class ReadyFile:
             ) from None
 
     def write(self, *, url: str, model: str) -> None:
-        """One JSON object: url, model and pid. Raises StartupError."""
+        """Write one JSON object with url, model and pid. Raises StartupError."""
         if self._path is None:
             return
         draft = self._path.with_name(f".{self._path.name}.{os.getpid()}")
@@ -42,6 +42,6 @@ class ReadyFile:
             raise StartupError(f"--ready-file {self._path}: {error.strerror}") from None
 
     def remove(self) -> None:
-        """Harmless where it is not there."""
+        """Remove the file. Does nothing where it does not exist."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)

@@ -1,11 +1,11 @@
-"""Signals that ask the server to stop; a second one ends the process at once.
+"""StopSignals: signals that ask the server to stop; a second one ends the process at once.
 
-Ctrl-C (SIGINT), SIGTERM, SIGQUIT (which some images send to stop), and SIGHUP: the terminal has
-gone, for instance as an ssh session ended. A shell and the kernel may both send SIGHUP for that, so
-as a second signal it is ignored. Under nohup it is ignored altogether.
+These are SIGINT (Ctrl-C), SIGTERM, SIGQUIT (which some container images use to stop) and SIGHUP
+(the terminal has gone, for instance because an ssh session ended). Shell and kernel may both send
+SIGHUP for that, so it is ignored as a second signal. Under nohup it is ignored altogether.
 
-They are handlers of the interpreter, not of the event loop, so that they hold before there is a
-loop, while it is stuck and after its end.
+The handlers are set with signal.signal, not on the event loop, so that they work before there is a
+loop, while it is blocked, and after it has ended.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)
 
 
 class StopSignals:
-    """A context manager, entered on the main thread: the handlers are set inside it.
+    """A context manager that sets the handlers meanwhile; must be entered on the main thread.
 
-    first  the signal that asked to stop, None where none has come.
+    first  number of the first signal that asked to stop; None while none has arrived.
     """
 
     def __init__(self) -> None:
@@ -43,18 +43,19 @@ class StopSignals:
             signal.signal(number, handler)
 
     def watch(self, on_first: Callable[[], None]) -> None:
-        """Call `on_first` on the running loop at the first signal, or soon where it has come."""
+        """Call `on_first` on the running loop at the first signal, or soon if it has arrived."""
         loop = asyncio.get_running_loop()
         self._tell = lambda: loop.call_soon_threadsafe(on_first)
         if self.first is not None:
             loop.call_soon(on_first)
 
     def forget(self) -> None:
-        """The loop ends: a first signal that comes from here on has nothing left to stop."""
+        """Forget the loop, which is ending: a first signal after this has nothing left to stop."""
         self._tell = None
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        # Between any two instructions of the main thread: logging may be what is interrupted.
+        # This runs between any two instructions of the main thread. It must not log, because it may
+        # have interrupted logging itself.
         if self.first is not None and number == signal.SIGHUP:
             return
         if self.first is not None:

@@ -1,4 +1,4 @@
-"""Where the start-up stands, told by the thread that loads, shown by the event loop."""
+"""Startup: phases of the start-up, which the loading thread reports and the event loop shows."""
 
 from __future__ import annotations
 
@@ -15,46 +15,53 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Where the start-up stands; replaced as a whole, so that any thread may read it."""
+    """The present phase of the start-up. It is immutable, so that any thread may read it.
+
+    name       such as "download" or "load".
+    done       bytes or units of work that are done.
+    total      the same in all; 0 where that is unknown.
+    began_s    when the phase began, in monotonic seconds.
+    counted_s  when `done` was last reported as 0, from where the speed is measured; None: began_s.
+    """
 
     name: str
     done: int
-    total: int  # 0: unknown
+    total: int
     began_s: float
-    counted_s: float | None = None  # when the count stood at 0; None: when the phase began
+    counted_s: float | None = None
 
     @property
     def progress(self) -> float | None:
-        """0 to 1; None where the total is unknown."""
+        """The part that is done, from 0 to 1; None where the total is unknown."""
         return min(self.done / self.total, 1.0) if self.total > 0 else None
 
     def speed(self, now_s: float) -> float | None:
-        """What is done in a second, on average; None where it is unknown."""
+        """Bytes or units of work per second so far; None where that is unknown."""
         since_s = self.began_s if self.counted_s is None else self.counted_s
         if self.total <= 0 or self.done <= 0 or now_s <= since_s:
             return None
         return self.done / (now_s - since_s)
 
     def eta_s(self, now_s: float) -> float | None:
-        """Seconds to the end of this phase at the speed so far."""
+        """Seconds to the end of this phase at the speed so far; None where that is unknown."""
         speed = self.speed(now_s)
         return None if speed is None else round(max(self.total - self.done, 0) / speed, 1)
 
 
 class StopLoading(BaseException):
-    """Raised by a report in the thread that loads: the server has been told to stop."""
+    """Raised by Startup.report in the loading thread, because the server has been told to stop."""
 
 
 class Startup:
-    """The phases of the start-up: the loading thread reports them, the event loop shows them.
+    """The present phase of the start-up, and the time that earlier ones took.
 
-    The first begins with the process, so that their sum is how long the user has waited.
+    The first phase begins when the process does, so their sum is how long the user has waited.
     """
 
     def __init__(self) -> None:
         began_s = time.monotonic() - _process_age_s()
         self._began_s = began_s
-        self._seconds: dict[str, float] = {}  # of the phases that have ended, in their order
+        self._seconds: dict[str, float] = {}  # duration of each ended phase, in their order
         self.phase = Phase("start", 0, 0, began_s)
         self._is_given_up = False
 
@@ -63,14 +70,15 @@ class Startup:
         return time.monotonic() - self._began_s
 
     def explain(self) -> str:
-        """Where the time has gone: "start 0.9 + build 0.1 + load 1.0 = 2.0 s"."""
+        """The duration of each ended phase, as in "start 0.9 + build 0.1 + load 1.0 = 2.0 s"."""
         parts = [f"{name} {seconds:.1f}" for name, seconds in self._seconds.items()]
         return f"{' + '.join(parts)} = {sum(self._seconds.values()):.1f} s"
 
     def describe(self) -> dict[str, object]:
-        """Phase, progress in it (0 to 1) and seconds to its end, null where unknown.
+        """The start-up as a JSON object: phase, progress (0 to 1), eta_s (s) and ended.
 
-        Then the phases that have ended, in their order, with their seconds.
+        progress and eta_s concern the present phase, and are None where they are unknown. ended has
+        the duration in s of each phase that has ended, in their order.
         """
         phase = self.phase
         return {
@@ -81,10 +89,11 @@ class Startup:
         }
 
     def report(self, name: str, done: int, total: int) -> None:
-        """Called by one thread at a time; a new name ends the phase before it.
+        """Report the progress of phase `name`; a new name ends the phase before it.
 
-        The speed is counted from the last report with nothing done. Raises StopLoading once the
-        start is given up.
+        `done` and `total` are bytes or units of work; total 0: unknown. The speed is measured from
+        the last report with `done` 0. Only one thread may report at a time. Raises StopLoading
+        once `give_up` has been called.
         """
         if self._is_given_up:
             raise StopLoading

@@ -1,6 +1,6 @@
-"""The statistics line: every ten seconds in which the server had something to do.
+"""Logs a line of statistics every ten seconds in which the server had something to do.
 
-Its wording is vLLM's up to the hit rate, as scripts read it.
+Up to the hit rate its wording is vLLM's, because scripts parse it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ INTERVAL_S = 10.0
 
 class _Reading(NamedTuple):
     stats: EngineStats
-    num_refused: int  # with 429
+    num_refused: int  # responses with status 429
 
 
 async def log_statistics(
     engine: EngineClient, metrics: Metrics, interval_s: float = INTERVAL_S
 ) -> None:
-    """Until it is cancelled."""
+    """Log the statistics of each interval with any work in it, until this is cancelled."""
     last = _read(engine, metrics)
     while True:
         await asyncio.sleep(interval_s)

@@ -1,6 +1,6 @@
-"""How late the event loop is: one timer that knows when it should have run.
+"""LoopWatchdog: measures by how much the event loop is late, with a timer that is always set.
 
-Whatever blocks the loop, or holds the GIL, delays every stream by as much as is measured here.
+Whatever blocks the loop or holds the GIL delays the timer, and every stream by the same time.
 """
 
 from __future__ import annotations
@@ -12,25 +12,27 @@ from collections.abc import Callable
 from pyserve.log import get_logger
 from pyserve.words import counted
 
-BEAT_S = 0.05
-LATE_S = 0.1  # worth a line in the log
-LOG_INTERVAL_S = 10.0  # of those lines
-RECENT_S = 30.0  # what `recent_lag_s` looks back on
+BEAT_S = 0.05  # delay of the timer
+LATE_S = 0.1  # a beat that is later than this is logged
+LOG_INTERVAL_S = 10.0  # minimum time between two such log lines
+RECENT_S = 30.0  # `recent_lag_s` covers at most this time
 
 
 class LoopWatchdog:
-    """Measures from `start` to `stop`, both called on the loop it watches.
+    """Measures the lag of the running event loop from `start` to `stop`; call both on that loop.
 
-    num_requests  how many requests are in flight: a loop that is late concerns nobody else, and
-                  the log is silent about it.
+    num_requests  returns the number of requests in flight. With none in flight a late loop harms
+                  nobody, so it is not logged.
+    max_lag_s     the worst lag since the start, or since `forget`.
+    num_late      beats that were late by more than LATE_S, likewise.
     """
 
     def __init__(self, num_requests: Callable[[], int]) -> None:
         self._num_requests = num_requests
         self._num_before = 0  # requests in flight when the timer was set
-        self.max_lag_s = 0.0  # since the start, or since `forget`
-        self.num_late = 0  # beats that were late by more than LATE_S
-        self._recent = (0.0, 0.0)  # the worst of this and of the last half of RECENT_S
+        self.max_lag_s = 0.0
+        self.num_late = 0
+        self._recent = (0.0, 0.0)  # worst lag of the present and the previous half of RECENT_S
         self._half_ends_s = 0.0
         self._due_s = 0.0
         self._worst_unlogged_s = 0.0
@@ -40,7 +42,7 @@ class LoopWatchdog:
 
     @property
     def recent_lag_s(self) -> float:
-        """The worst lateness of the last 15 to 30 seconds."""
+        """The worst lag of the last 15 to 30 seconds."""
         return max(self._recent)
 
     def start(self) -> None:
@@ -50,13 +52,13 @@ class LoopWatchdog:
         self._arm(now)
 
     def forget(self) -> None:
-        """Forget what was measured, for instance during the start-up."""
+        """Forget what was measured so far, such as during the start-up."""
         self.max_lag_s = 0.0
         self.num_late = 0
         self._recent = (0.0, 0.0)
 
     def stop(self) -> None:
-        """End the watch; harmless where it has not begun."""
+        """Stop measuring. Does nothing where it has not started."""
         if self._timer is not None:
             self._timer.cancel()
 
@@ -71,7 +73,7 @@ class LoopWatchdog:
         self._arm(now)
 
     def note(self, lag_s: float, now_s: float) -> None:
-        """Account for one beat that came `lag_s` after it was due."""
+        """Record a beat that came `lag_s` after it was due, and log a warning where that is due."""
         if now_s >= self._half_ends_s:
             self._recent = (0.0, self._recent[0])
             self._half_ends_s = now_s + RECENT_S / 2
