@@ -1,8 +1,8 @@
-"""Beam search: the most likely answers to a prompt, found a token at a time.
+"""Beam search: finds the most likely answers to a prompt, one token per round.
 
-The engine knows nothing of it. In each round every live beam is a sequence of its own, which is the
-prompt with the beam's tokens and asks for one token more; the prefix cache has nearly all of it.
-What counts is not the token that comes but how likely the most likely ones are.
+The engine knows nothing of it. In each round every live beam is submitted as a sequence of its own:
+the prompt followed by the beam's tokens, of which nearly all are in the prefix cache. It generates
+one token, which is not used; what counts are the logprobs of the most likely tokens beside it.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from pyserve.params import SamplingParams
 from pyserve.text.detokenizer import Detokenizer
 from pyserve.text.stop import StopChecker
 
-ROOM_POLL_S = 0.05  # between two attempts at a full queue
+ROOM_POLL_S = 0.05  # time between two attempts to submit to a full queue
 
 
 @dataclass(frozen=True, slots=True)
 class BeamText:
-    """The text of a beam, looked at for stop strings.
+    """The text of a beam, which is searched for stop strings.
 
-    num_passed  further tokens whose text is not looked at.
+    num_passed  number of next tokens whose text is not searched, because of min_tokens.
     """
 
     detokenizer: Detokenizer
@@ -46,7 +46,7 @@ class BeamText:
     num_passed: int = 0
 
     def longer(self, token_id: int) -> tuple[BeamText, bool]:
-        """The text with one token more, and whether that completes a stop string."""
+        """The text with one more token, and whether that token completes a stop string."""
         longer = BeamText(self.detokenizer.copy(), self.checker.copy(), self.num_passed - 1)
         text = longer.detokenizer.push([token_id])
         return longer, self.num_passed <= 0 and longer.checker.push(text)[1] is not None
@@ -54,11 +54,12 @@ class BeamText:
 
 @dataclass(frozen=True, slots=True)
 class Beam:
-    """A beginning of an answer, or a whole one.
+    """A partial or whole answer.
 
-    logprobs       of each of its tokens.
-    stop_token_id  its last token, where that ends it.
-    text           None where there are no stop strings.
+    logprobs            logprobs of each of its tokens.
+    cumulative_logprob  sum of the logprobs of its tokens.
+    stop_token_id       its last token, if that is a stop token; else None.
+    text                its text; None where the request has no stop strings.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -70,11 +71,13 @@ class Beam:
 
 @dataclass(slots=True)
 class Search:
-    """The beams of one prompt, without the engine.
+    """The beams of one prompt. It does not deal with the engine.
 
-    params  max_tokens, min_tokens, stop_token_ids and num_logprobs of an answer.
-    live    at most `width` beams, the most likely first; `advance` makes those of the next round.
-    ended   the best of the whole answers, as many as are asked for and the best first.
+    params      max_tokens, min_tokens, stop_token_ids and num_logprobs of an answer.
+    n           number of answers that are requested.
+    live        partial answers, at most `width`, the most likely first.
+    ended       the n best whole answers so far, the best first.
+    num_rounds  number of rounds so far, which is also the number of tokens of a live beam.
     """
 
     settings: BeamSearch
@@ -86,10 +89,11 @@ class Search:
     num_rounds: int = 0
 
     def advance(self, entries: Sequence[TokenLogprobs]) -> None:
-        """A round: `entries` are of the token behind each live beam.
+        """Extend the live beams by one token: a round of the search.
 
-        A stop token, or one that completes a stop string, ends a beam where it is among the
-        2 * width most likely tokens behind it.
+        `entries` has for each live beam the logprobs of its next token. Each of the 2 * width most
+        likely next tokens makes a new beam. It is ended if the token is a stop token or completes
+        a stop string; the `width` most likely others become the live beams.
         """
         candidates: list[Beam] = []
         ended = self.ended[:]
@@ -124,22 +128,26 @@ class Search:
 
     @property
     def is_over(self) -> bool:
-        """Whether no further round can change `best`."""
+        """Whether the search is over, because no further round could change `best`."""
         if self.num_rounds == self.params.max_tokens or not self.live:
             return True
         if len(self.ended) < self.n:
             return False
-        # No logprob is above 0, so a beam never becomes more likely: it can only become longer.
+        # No logprob is above 0, so the cumulative logprob of a beam never rises, and its score can
+        # only rise by its length. The bound is the best score that a live beam could reach.
         longest = self.params.max_tokens if self.settings.length_penalty > 0 else self.num_rounds
         bound = self._score(self.live[0].cumulative_logprob, longest)
         return self.score(self.ended[-1]) >= bound
 
     def best(self) -> list[Beam]:
-        """The n beams with the highest scores, or as many as there are."""
+        """The n beams with the highest scores, ended or not, the best first; maybe fewer than n."""
         return sorted([*self.ended, *self.live], key=self.score, reverse=True)[: self.n]
 
     def score(self, beam: Beam) -> float:
-        """As vLLM's: the logprob by the length of prompt and answer, without the stop token."""
+        """vLLM's score: cumulative logprob / length ** length_penalty.
+
+        The length is that of prompt and answer, without a stop token.
+        """
         num_tokens = len(beam.token_ids) - (beam.stop_token_id is not None)
         return self._score(beam.cumulative_logprob, num_tokens)
 
@@ -150,7 +158,7 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class _Answers:
-    """Of one prompt: the search, and the choices that will show what it finds."""
+    """The search for one prompt, and the choices that will show its best beams."""
 
     prompt: Prompt
     search: Search
@@ -158,10 +166,10 @@ class _Answers:
 
 
 class BeamGeneration(Generation):
-    """A Generation whose choices are the best beams; whole answers only.
+    """A Generation whose choices are the best beams of a search. It cannot be streamed.
 
-    A choice has a stream of its own that the engine does not know. What was found is put into it,
-    so that a beam becomes text as every other answer does.
+    Each choice has a SequenceStream that the engine does not know. The tokens of a beam are put
+    into it, so that they become text in the same way as those of every other answer.
     """
 
     def __init__(self, engine: EngineClient, metrics: Metrics, *, arrived_s: float) -> None:
@@ -174,7 +182,10 @@ class BeamGeneration(Generation):
     async def submit(
         self, job: Job, *, cache_salt: str, user: str, adapter: Adapter | None = None
     ) -> None:
-        """Queue the first round, one sequence for each prompt, if there is room for the others."""
+        """Queue the first round, one sequence per prompt, if there is room for a full round.
+
+        Raises what EngineClient.check_room and submit raise.
+        """
         assert job.beam is not None
         width = job.beam.width
         num_tokens = width * sum(len(prompt.token_ids) for prompt in job.prompts)
@@ -198,7 +209,10 @@ class BeamGeneration(Generation):
         await self._begin_round()
 
     async def read_all(self) -> None:
-        """Until every search is over and its choices have what it has found."""
+        """Run rounds until every search is over, then put the best beams into the choices' `parts`.
+
+        Raises RequestError.
+        """
         try:
             while self._round:
                 await self._finish_round()
@@ -242,7 +256,7 @@ class BeamGeneration(Generation):
                 await self._slices.rest()
 
     async def _submit(self, request: SequenceRequest, *, is_first: bool) -> SequenceStream:
-        # A search that has begun waits for room in the queue: others may have filled it meanwhile.
+        # After the first round, wait for room in the queue: other requests may have filled it.
         while True:
             try:
                 return self._engine.submit(request)
@@ -284,9 +298,9 @@ class BeamGeneration(Generation):
 
 
 def _show(answers: _Answers) -> None:
-    """Put the best beams into the streams of the choices; without a beam left one stays empty.
+    """Put the best beams into the streams of the choices; a choice without a beam stays empty.
 
-    A choice finds the stop string in its text by itself.
+    The finish reason ignores stop strings: the choice finds the stop string in its text by itself.
     """
     for choice, beam in zip_longest(answers.choices, answers.search.best()):
         if beam is None:

@@ -1,8 +1,8 @@
-"""One job: its sequences are submitted, read together and turned into parts.
+"""Generation: submits the sequences of one Job, reads their tokens and turns them into parts.
 
-One coroutine reads all choices of a request through one shared wake-up; per token there is no
-task, no queue and no object that outlives the wake-up. Streamed and whole answers take this road
-alike, so they cannot differ.
+One coroutine reads all choices of a request, which share one wake-up event. No token costs a task,
+a queue entry or an object that outlives the wake-up. Streamed and whole responses use the same
+code, so their contents cannot differ.
 """
 
 from __future__ import annotations
@@ -39,19 +39,24 @@ from pyserve.text.stop import StopChecker
 
 @dataclass(slots=True, eq=False)
 class Choice:
-    """One sequence of a request and the parts it has become.
+    """One sequence of a request, and the state that turns its tokens into parts.
 
-    num_tokens counts the output tokens up to the one that ended the answer, and no further.
-    cumulative_logprob is of those that were counted, where their logprobs come.
-    first_token_s is when its first tokens were read here, 0 before.
-    thinking tells the thinking from the rest, until it is over; None: then, or where none is told.
-    num_reasoning_tokens are those between the markers of the thinking; None: where none is told.
-    prefix is shown before its text: the prompt that is to be echoed, until it has been, and
-    prefix_offsets are those of its tokens, where they are told.
-    prompt_text is that of its prompt, where it is told.
-    told holds what is told of its tokens, words says how; None: nothing is.
-    is_prompt_only: what is generated is not shown, nor counted.
-    parts are those of a whole answer; a stream keeps none.
+    index                 position among all choices of the request.
+    sample_index          position among the choices of its prompt.
+    thinking              separates the reasoning from the rest; None once the reasoning is over, or
+                          where it is not separated at all.
+    num_tokens            output tokens up to the one that ended the answer; later ones of the same
+                          delta are not counted.
+    cumulative_logprob    sum of the logprobs of the counted tokens, where there are logprobs.
+    num_reasoning_tokens  tokens between the markers of the reasoning; None: it is not separated.
+    first_token_s         when its first tokens were read here, in monotonic s; 0 until then.
+    prefix                the prompt to echo before its text; "" once that has been done.
+    prompt_text           text of its prompt, where the response shows it.
+    prefix_offsets        offsets of the echoed prompt's tokens, where they are shown.
+    told, words           hold the tokens to show, and how the endpoint formats them; None: no
+                          tokens are shown.
+    is_prompt_only        what is generated is neither shown nor counted.
+    parts                 all parts of a whole response; a stream keeps none.
     """
 
     index: int
@@ -79,7 +84,7 @@ class Choice:
     parts: list[Part] = field(default_factory=list)
 
     def advance(self, delta: SequenceDelta) -> Sequence[Part]:
-        """New parts of `delta`; sets finish_reason with the last of them."""
+        """Turn `delta` into new parts; sets finish_reason when these are the last ones."""
         if self.is_prompt_only:
             delta = SequenceDelta([], delta.finish_reason and "length")
         token_ids, told = delta.token_ids, self.told
@@ -124,11 +129,11 @@ class Choice:
         return parts
 
     def _content(self, text: str) -> Content:
-        """Text that is settled, with what is told of its tokens."""
+        """Text to show, with the tokens it is made of, where tokens are shown."""
         return Content(text) if self.told is None else Content(text, self.told.settle(len(text)))
 
     def _prompt_tokens(self) -> tuple[Told, ...]:
-        """What is told of the tokens of an echoed prompt."""
+        """The tokens of the echoed prompt, where they are shown."""
         if self.prefix_offsets is None:
             return ()
         logprobs = (None, *self.stream.prompt_logprobs)
@@ -136,11 +141,11 @@ class Choice:
         return tuple(Told(*token, is_prompt=True) for token in told)
 
     def usage(self) -> Usage:
-        """Its tokens so far, and those of its prompt."""
+        """Usage of this choice so far: its output tokens and those of its prompt."""
         return _usage([self.stream], [self])
 
     def _think(self, token_ids: list[int]) -> list[Part]:
-        # Token by token: those between the one that opens the thinking and the one that ends it.
+        # This goes token by token, to count the tokens between the two markers of the reasoning.
         parts: list[Part] = []
         for token_id in token_ids:
             thinking = self.thinking
@@ -155,7 +160,7 @@ class Choice:
         return joined(parts) if len(parts) > 1 else parts
 
     def _tell(self, text: str) -> Sequence[Part]:
-        """What the next text of an answer that may be thinking has become."""
+        """The parts that the next text of an answer, which may still be reasoning, becomes."""
         thinking = self.thinking
         if thinking is None:
             return self.stage.push(self._content(text))
@@ -167,7 +172,8 @@ class Choice:
         return pass_on(parts, self.stage)
 
     def _advance_checked(self, token_ids: list[int]) -> str:
-        # Token by token: usage ends with the token that completed the stop string.
+        # This goes token by token, because usage counts no token after the one that completed the
+        # stop string.
         checker = self.stop_checker
         text = ""
         for token_id in token_ids:
@@ -201,8 +207,10 @@ class Choice:
 class Generation:
     """All choices of one request. `close` must be called, however the request ends.
 
-    end    "finished", "aborted" or "failed"; None while it runs.
-    error  what `read` has raised, if it has.
+    arrived_s  when the request arrived, in monotonic s.
+    end        "finished", "aborted" or "failed"; None while it runs.
+    error      the error that `read` has raised, if any.
+    active     the choices that have not ended.
     """
 
     def __init__(self, engine: EngineClient, metrics: Metrics, *, arrived_s: float) -> None:
@@ -215,19 +223,19 @@ class Generation:
         self._metrics = metrics
         self._wakeup = asyncio.Event()
         self._interruption: RequestError | None = None
-        self._num_shown = 0  # of the choices of each prompt; 0: all
+        self._num_shown = 0  # number of choices of each prompt that are shown; 0: all
 
     def wake(self) -> None:
-        """Let `read` return, empty where there is no news."""
+        """Let `read` return, with an empty list where there is no news."""
         self._wakeup.set()
 
     def interrupt(self, error: RequestError) -> None:
-        """Let `read` raise `error`, now or when it is called next."""
+        """Let `read` raise `error`, now if it waits, else when it is called next."""
         self._interruption = error
         self._wakeup.set()
 
     def abort(self, error: AbortedError) -> None:
-        """As `interrupt`, and what it holds is free at once, whether its client reads or not."""
+        """Interrupt, and also abort the sequences at once, even if the client reads nothing."""
         self.interrupt(error)
         for choice in self.active:
             self._engine.abort(choice.stream)
@@ -237,14 +245,15 @@ class Generation:
     ) -> None:
         """Queue all sequences of `job`. Raises what EngineClient.check_room and submit raise.
 
-        cache_salt  the server's own, made of the job's and the key's.
-        user        with whom they share what is scarce.
-        adapter     what all of them use; None: the base model alone.
+        cache_salt  salt of the prefix cache, made from the job's salt and the API key's user.
+        user        the client (keys.CLIENT) that limits and fairness count the sequences for.
+        adapter     adapter that all of them use; None: the base model alone.
         """
         num_run = max(job.n, job.best_of)
         self._num_shown = job.n
         num_sequences = num_run * len(job.prompts)
-        if job.is_run and num_sequences > 1:  # all of them or none; for one, submit asks itself
+        # All sequences of a request are accepted or none. For a single one `submit` checks that.
+        if job.is_run and num_sequences > 1:
             num_tokens = num_run * sum(len(prompt.token_ids) for prompt in job.prompts)
             self._engine.check_room(num_sequences, num_tokens=num_tokens, user=user)
         slices = Slices()
@@ -265,7 +274,7 @@ class Generation:
                             adapter,
                         )
                     )
-                else:  # the engine does not hear of it
+                else:  # nothing is generated, so the engine does not get the sequence
                     stream = SequenceStream(-1, len(prompt.token_ids))
                     stream.finish("length")
                 self._add(job, prompt, own_params, stream)
@@ -298,10 +307,10 @@ class Generation:
         self.active.append(choice)
 
     async def read(self) -> list[tuple[Choice, Sequence[Part]]]:
-        """Wait for news: the choices that have any, each with its new parts.
+        """Wait for news; returns the choices that have any, each with its new parts.
 
-        A choice leaves `active` with its last part. Raises the error a sequence failed with, or
-        that of `interrupt`.
+        A choice leaves `active` with its last part. Raises the error that a sequence failed with,
+        or the one given to `interrupt`.
         """
         await self._wakeup.wait()
         self._wakeup.clear()
@@ -334,15 +343,18 @@ class Generation:
         return news
 
     async def read_all(self) -> None:
-        """Until every choice has ended; what each has become is in its `parts`."""
+        """Read until all choices have ended; collect their parts in `parts`.
+
+        Raises RequestError.
+        """
         while self.active:
             for choice, parts in await self.read():
                 choice.parts += parts
 
     def shown(self) -> list[Choice]:
-        """The choices of a whole answer: of each prompt the most likely, as best_of has it.
+        """The choices to show in a whole response: with best_of, the n most likely per prompt.
 
-        How likely is the mean logprob of their tokens.
+        The most likely ones are those with the highest mean logprob of their tokens.
         """
         shown: list[Choice] = []
         for _, group in groupby(self.choices, _prompt_of):
@@ -354,13 +366,16 @@ class Generation:
         return shown
 
     def usage(self) -> Usage:
-        """Tokens of all choices so far, shown or not; a prompt counts once, whatever its n."""
+        """Usage of all choices so far, shown or not. A prompt counts once, whatever n is."""
         return _usage(
             [choice.stream for choice in self.choices if choice.sample_index == 0], self.choices
         )
 
     def close(self, reason: str) -> None:
-        """Abort what still runs: it has ended by `reason`, "abort" or "error". May be repeated."""
+        """Abort the choices that still run, with finish reason `reason`: "abort" or "error".
+
+        Also records the metrics of the request. Only the first call has an effect.
+        """
         if self.end is not None or not self.choices:
             return
         running = [choice for choice in self.active if choice.finish_reason is None]
@@ -394,7 +409,7 @@ class Generation:
 
 
 def _prompt_of(choice: Choice) -> int:
-    """The same for all choices of one prompt."""
+    """The index of the first choice of this choice's prompt: a key to group choices by."""
     return choice.index - choice.sample_index
 
 
@@ -403,7 +418,7 @@ def _mean_logprob(choice: Choice) -> float:
 
 
 def _with_prefix(prefix: Content, parts: Sequence[Part]) -> Sequence[Part]:
-    """An echoed prompt is content: no stage looks for reasoning or calls in it."""
+    """Put an echoed prompt in front. It bypasses the stages, which would look for calls in it."""
     return joined([prefix, *parts[:1]]) + list(parts[1:])
 
 
