@@ -1,4 +1,4 @@
-"""Responses that are generated while no client waits for them."""
+"""Runs: responses of the Responses API that are generated in the background."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ from dataclasses import dataclass, field
 from pyserve.api.http.budget import ByteBudget
 from pyserve.errors import QueueFullError, TooManyBytesError
 
-MAX_RUNS, MAX_CLIENT_RUNS = 1024, 512  # at a time, and of one client
-RETRY_S = 5
+MAX_RUNS, MAX_CLIENT_RUNS = 1024, 512  # at a time, of all clients and of one
+RETRY_S = 5  # Retry-After of a response that there is no room for
 
 
 @dataclass(slots=True, eq=False)
 class Run:
     """A response in the background, until it has ended and is stored.
 
-    user, client  whose it is, and with whom it shares what is scarce.
-    input         its own items, as JSON.
-    describe      its JSON, with a status.
-    has_begun     whether it has left the queue.
-    is_streamed   its events are kept.
-    is_over       no event comes any more.
-    is_wanted     it is stored when it has ended.
-    answer        its JSON, when it has ended.
+    user, client     the user it belongs to, and the client that limits count it for (keys.py).
+    input            its own input items, as JSON.
+    describe         a status -> the response object with that status, as JSON.
+    is_streamed      its events are kept, so that clients can read them.
+    has_begun        returns whether it has left the engine's queue.
+    events           its server-sent events so far, where it is streamed.
+    is_over          no further event will come.
+    is_wanted        it is to be stored when it has ended.
+    answer           the final response object as JSON, once it has ended.
+    task             the task that generates it.
+    readers          events to set when there are new events, or no more.
+    num_event_bytes  size of `events`, in bytes.
     """
 
     id: str
@@ -47,21 +51,21 @@ class Run:
         return "in_progress" if self.has_begun() else "queued"
 
     def wake(self) -> None:
-        """There are new events, or no more."""
+        """Wake all readers: there are new events, or no more."""
         for reader in self.readers:
             reader.set()
 
     async def cancel(self) -> None:
-        """Stop it, and wait until it has stopped."""
+        """Cancel the task and wait until it has ended."""
         assert self.task is not None
         self.task.cancel()
         await asyncio.wait([self.task])
 
 
 class Runs:
-    """Those of one server.
+    """The background responses of one server.
 
-    max_event_bytes  of the events of all of them, of which one client may have half.
+    max_event_bytes  limit on the events of all of them, in bytes; one client may have half of it.
     """
 
     def __init__(self, max_event_bytes: int) -> None:
@@ -72,7 +76,7 @@ class Runs:
         return len(self._runs)
 
     def check_room(self, client: str) -> None:
-        """Raise QueueFullError where `client` may have no further one now."""
+        """Raise QueueFullError where `client` may not start another one now."""
         num_own = sum(run.client == client for run in self._runs.values())
         if len(self._runs) >= MAX_RUNS or num_own >= MAX_CLIENT_RUNS:
             raise QueueFullError(
@@ -82,15 +86,15 @@ class Runs:
             )
 
     def add(self, run: Run) -> None:
-        """It begins."""
+        """Register a run that begins."""
         self._runs[run.user, run.id] = run
 
     def get(self, user: str, response_id: str) -> Run | None:
-        """`user`'s run of this id, as long as it runs."""
+        """`user`'s run with this id; None where there is none, or it has ended."""
         return self._runs.get((user, response_id))
 
     def append(self, run: Run, events: Sequence[bytes]) -> None:
-        """Keep more events, whether there is room or not."""
+        """Keep more events of `run` and wake its readers. Does not check the limit."""
         num_bytes = sum(map(len, events))
         self._events.add(run.client, num_bytes)
         run.num_event_bytes += num_bytes
@@ -98,7 +102,7 @@ class Runs:
         run.wake()
 
     def check_events(self, run: Run) -> None:
-        """Raise TooManyBytesError where the events take too much: `run` cannot go on."""
+        """Raise TooManyBytesError where events exceed the limits, so that `run` must end."""
         budget = self._events
         if not budget.has_room(run.client, 0):
             raise TooManyBytesError(
@@ -109,7 +113,7 @@ class Runs:
             )
 
     def remove(self, run: Run) -> None:
-        """It has ended; who still reads its events holds them."""
+        """Forget a run that has ended. Whoever still reads its events holds the Run itself."""
         del self._runs[run.user, run.id]
         self._events.add(run.client, -run.num_event_bytes)
         run.is_over = True

@@ -1,10 +1,11 @@
-"""Responses that clients may come back to, each by its id: bounded in bytes and in age.
+"""ResponseStore: ended responses of the Responses API, in memory, limited in bytes and in age.
 
-    user -> id -> response, the one that was used longest ago first
+    user -> id -> response, the least recently used first
 
-A response is kept as JSON, so that its size is known. It holds its own input and output, and the
-id of the one before it: a conversation is a chain of them. Ids are made here when an answer begins,
-and the one before it must be there by then, so no chain is a circle.
+A response is kept as JSON, so that its size is known. It holds its own input and output, and the id
+of the response before it, so a conversation is a chain of responses. The server makes the id of a
+response when its generation begins, and the response before it must exist by then; so chains have
+no cycles.
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ from dataclasses import dataclass, field
 
 from pyserve.errors import InvalidRequestError, NotFoundError
 
-MAX_CHAIN = 1024  # responses of one conversation
-MORE_BYTES = 1024  # that one response takes beside its JSON
+MAX_CHAIN = 1024  # maximum number of responses in one conversation
+MORE_BYTES = 1024  # memory that a response takes beside its JSON
 
 
 @dataclass(slots=True, eq=False)
 class StoredResponse:
     """A response that has ended.
 
-    answer   the response object, as it was sent.
-    input    the items that it was asked with, a list; not those of the responses before it.
-    events   of its stream, where that may be read again.
-    used_s   when it was last asked for, on the loop's clock.
+    previous_id  id of the response before it in the conversation; None: it is the first.
+    answer       the response object as it was sent, as JSON.
+    input        its own input items as a JSON list, without those of the responses before it.
+    events       events of its stream, where that may be read again.
+    used_s       when it was last used, on the event loop's clock, in s.
+    num_bytes    memory that it takes.
     """
 
     id: str
@@ -45,17 +48,18 @@ class StoredResponse:
 
 @dataclass(slots=True)
 class _Kept:
-    """Of one user."""
+    """The responses of one user, the least recently used first, and the bytes that they take."""
 
     responses: OrderedDict[str, StoredResponse] = field(default_factory=OrderedDict)
     num_bytes: int = 0
 
 
 class ResponseStore:
-    """Those of one server; it lives on the event loop.
+    """The stored responses of one server. All methods run on the event loop.
 
-    max_bytes  of all; 0: none is stored. Who holds most loses their oldest for a new one.
-    max_age_s  since a response was last used.
+    max_bytes  limit on all of them together; 0: none is stored. When it is exceeded, the user who
+               holds most bytes loses the least recently used response.
+    max_age_s  a response that was not used for so long is dropped.
     """
 
     def __init__(self, max_bytes: int, max_age_s: float) -> None:
@@ -77,7 +81,7 @@ class ResponseStore:
         return sum(kept.num_bytes for kept in self._users.values())
 
     def put(self, user: str, response: StoredResponse) -> None:
-        """Keep `response`, unless it alone is larger than all may be."""
+        """Store `response`, unless it alone exceeds the limit."""
         if response.num_bytes > self._max_bytes:
             return
         kept = self._users.setdefault(user, _Kept())
@@ -90,7 +94,7 @@ class ResponseStore:
         self._arm()
 
     def get(self, user: str, response_id: str, param: str = "response_id") -> StoredResponse:
-        """`user`'s response of this id. Raises NotFoundError, also where it is another's."""
+        """`user`'s response with this id. Raises NotFoundError, also where it is another user's."""
         kept = self._users.get(user)
         response = None if kept is None else kept.responses.get(response_id)
         if kept is None or response is None:
@@ -99,10 +103,10 @@ class ResponseStore:
         return response
 
     def chain(self, user: str, response_id: str) -> list[StoredResponse]:
-        """The conversation that ends with a response, the oldest first.
+        """The conversation that ends with the response `response_id`, its first response first.
 
-        Raises NotFoundError where it or one before it is not there, InvalidRequestError where they
-        are too many; both name previous_response_id.
+        Raises NotFoundError where one of its responses is not stored, InvalidRequestError where
+        there are more than MAX_CHAIN; both name previous_response_id.
         """
         param = "previous_response_id"
         found: list[StoredResponse] = []
@@ -117,12 +121,12 @@ class ResponseStore:
         return found[::-1]
 
     def delete(self, user: str, response_id: str) -> None:
-        """Forget a response. Raises as `get`."""
+        """Delete a response. Raises NotFoundError."""
         self.get(user, response_id)
         self._remove(user, response_id)
 
     def close(self) -> None:
-        """Forget all."""
+        """Drop all responses."""
         self._users.clear()
         if self._timer is not None:
             self._timer.cancel()
@@ -139,11 +143,11 @@ class ResponseStore:
             del self._users[user]
 
     def _oldest(self) -> list[tuple[str, StoredResponse]]:
-        """The response of each user that was used longest ago."""
+        """The least recently used response of each user."""
         return [(user, next(iter(kept.responses.values()))) for user, kept in self._users.items()]
 
     def _arm(self) -> None:
-        """Wake up when the next response is too old: nobody may ask for one until then."""
+        """Set the timer for when the next response is too old, even if no request comes by then."""
         if self._timer is None and self._users:
             next_s = min(response.used_s for _, response in self._oldest()) + self._max_age_s
             self._timer = asyncio.get_running_loop().call_at(next_s, self._expire)
@@ -158,5 +162,5 @@ class ResponseStore:
 
 
 def not_found(response_id: str, param: str) -> NotFoundError:
-    """In OpenAI's words."""
+    """The error for an unknown response id, in OpenAI's wording."""
     return NotFoundError(f"Response with id '{response_id[:80]}' not found.", param)
