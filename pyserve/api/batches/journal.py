@@ -1,13 +1,13 @@
-"""The answers of a batch while it runs: a file that only grows, and survives a kill at any byte.
+"""Journal: the answers of a batch while it runs, in an append-only file that survives a kill.
 
-    {"journal": 1, "input": "<sha256>", "num_lines": 10000}     of which batch it is
-    17\t{"id": ..., "custom_id": ...}                           number of the line, its answer
-    3\t{...}                                                    in the order in which they come
+    {"journal": 1, "input": "<sha256>", "num_lines": 10000}     identifies the batch's input
+    17\t{"id": ..., "custom_id": ...}                           number of an input line, its answer
+    3\t{...}                                                    in the order in which they arrive
 
-Each line is written by one call and belongs to the file once its line feed does: what a kill leaves
-of a line is cut off when the file is opened again. The system writes it to disk within FSYNC_S.
-At the end the answers are copied in the order of the input into a file of their own, which takes
-its name only when all of it is on disk.
+A line counts once its line feed has been written. If the process is killed while it writes a line,
+the rest of that line is cut off when the file is opened again. The caller syncs the file to disk
+every FSYNC_S. At the end the answers are copied, in the order of the input, into an output file,
+which gets its name only when all of it is on disk.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COPY_BYTES = 2**20
 
 
 class JournalError(PyserveError):
-    """The file cannot be opened, written or continued; the message names it."""
+    """The journal, or a file of the batch, cannot be used; the message names it."""
 
 
 class _Head(msgspec.Struct):
@@ -40,16 +40,22 @@ class _Head(msgspec.Struct):
 
 
 class Journal:
-    """One open file, locked: no other process writes it.
+    """One open journal. It is locked, so that no other process writes to it.
 
-    num_done    lines that have an answer.
-    num_failed  of these, refused or failed.
+    num_done    number of input lines that have an answer.
+    num_failed  number of those whose answer is an error.
     """
 
     def __init__(self, path: Path, *, input_digest: str, num_lines: int) -> None:
-        """Open or make it. Raises JournalError: it is in use, of another input, or not writable."""
+        """Open the journal at `path`, or create it.
+
+        input_digest  SHA-256 of the input, which must match that of an existing journal.
+        num_lines     number of lines of the input that are not blank.
+
+        Raises JournalError where it is in use, belongs to another input, or cannot be written.
+        """
         self.path = path
-        self._offsets = array("q", [-1]) * num_lines
+        self._offsets = array("q", [-1]) * num_lines  # where each line's answer is; -1: none yet
         self.num_done = self.num_failed = 0
         self._is_dirty = False
         try:
@@ -65,19 +71,22 @@ class Journal:
 
     @property
     def num_lines(self) -> int:
-        """Of the input."""
+        """Number of lines of the input."""
         return len(self._offsets)
 
     @property
     def num_bytes(self) -> int:
-        """Of the file."""
+        """Size of the journal, in bytes."""
         return self._end
 
     def is_done(self, number: int) -> bool:
         return self._offsets[number] >= 0
 
     def put(self, number: int, line: bytes, *, has_failed: bool) -> None:
-        """Add the answer of a line that has none. Raises JournalError, and keeps nothing of it."""
+        """Append the answer of line `number`, which has none yet; `line` ends in a line feed.
+
+        Raises JournalError; then nothing of it is kept.
+        """
         assert not self.is_done(number), "answered twice"
         offset = self._end
         self._append(b"%d\t%s" % (number, line))
@@ -86,7 +95,7 @@ class Journal:
         self.num_failed += has_failed
 
     def sync(self) -> None:
-        """Wait until all that was put is on disk; from any thread. Raises JournalError."""
+        """Wait until all answers so far are on disk. For any thread. Raises JournalError."""
         if self._is_dirty:
             self._is_dirty = False
             try:
@@ -95,9 +104,10 @@ class Journal:
                 raise _failed(self.path, error) from None
 
     def copy(self, path: Path, is_wanted: Callable[[bytes], bool] = lambda line: True) -> int:
-        """Write the answers in the order of their lines to `path`; returns how many lines.
+        """Write the answers that `is_wanted` accepts to `path`, in the order of the input.
 
-        The file is there whole or not at all. Raises JournalError.
+        Returns the number of lines written. The file appears whole or not at all. Raises
+        JournalError.
         """
         part = path.with_name(f"{path.name}.tmp-{os.getpid()}")
         num_lines = 0
@@ -121,7 +131,7 @@ class Journal:
         return num_lines
 
     def remove(self) -> None:
-        """Its answers are elsewhere now."""
+        """Delete the file, once its answers have been copied."""
         self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -136,10 +146,13 @@ class Journal:
             raise JournalError(f"{self.path}: another process writes it") from None
 
     def _read(self, head: _Head) -> int:
-        """Take over what is there, cut off half a line; returns where the next one begins."""
+        """Read the answers of an existing file and cut off a partial last line; else begin a file.
+
+        Returns the offset at which the next line is to be written.
+        """
         with self.path.open("rb") as file:
             first = file.readline()
-            if not first.endswith(b"\n"):  # new, or killed before its first line was whole
+            if not first.endswith(b"\n"):  # the file is new, or was killed in its first line
                 return self._begin(head)
             self._check(first, head)
             end = len(first)
@@ -199,13 +212,13 @@ class Journal:
 
 
 def has_failed(line: bytes) -> bool:
-    """Whether the answer in a line of output is an error."""
-    # By its end: nothing of what an answer says may be decoded for it.
+    """Whether a line of output, with its line feed, is an error."""
+    # Looking at its end avoids decoding a whole answer; make_output puts `error` last.
     return not line.endswith(b',"error":null}\n')
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in `folder` are on disk. Raises OSError."""
+    """Wait until the folder's entries (new and renamed files) are on disk. Raises OSError."""
     number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(number)
@@ -218,7 +231,7 @@ def _failed(path: Path, error: OSError) -> JournalError:
 
 
 def open_input(path: Path) -> BufferedReader:
-    """Raises JournalError."""
+    """Open the input of a batch. Raises JournalError."""
     try:
         return path.open("rb")
     except OSError as error:

@@ -1,10 +1,10 @@
-"""The lines of a batch: bytes of a file -> requests, answers -> lines of the output.
+"""The lines of batch files: parses requests from input lines, and formats output lines.
 
 in:   {"custom_id", "method", "url", "body"}
 out:  {"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error"}
 
-What is wrong with a line stands in both places where clients look for it: in `error` as vLLM has
-it, and in the body of the response as OpenAI has it.
+Clients look for an error in one of two places, so it is in both: in `error` as in vLLM, and in the
+body of the response as in OpenAI's API.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from pyserve.api.http.errors import error_body
 from pyserve.errors import InvalidRequestError, RequestError
 from pyserve.http_client import Reply
 
-# What a line may ask for; of these what is not built answers so itself.
+# The endpoints that a line may name.
 BATCH_PATHS = (
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings",
     "/v1/score", "/v1/rerank",
 )  # fmt: skip
 MAX_CUSTOM_ID_CHARS = 512
-LINE_HEAD_BYTES = 2**16  # of a line, beside its body
-READ_BYTES = 2**20  # at once, where lines are short
+LINE_HEAD_BYTES = 2**16  # of a line, maximum beside its body
+READ_BYTES = 2**20  # so many bytes or lines are read at a time
 READ_LINES = 64
 
 
 class BatchLine(msgspec.Struct, frozen=True):
-    """One request of a batch."""
+    """One request of a batch; `body` is the JSON of the request body."""
 
     custom_id: str
     url: str
@@ -42,7 +42,7 @@ class BatchLine(msgspec.Struct, frozen=True):
 
 
 class BadLineError(Exception):
-    """A line that asks for nothing that can be asked; `custom_id` where it has one."""
+    """A line that is not a valid request. `custom_id` is its id, None where it has no valid one."""
 
     def __init__(self, error: RequestError, custom_id: str | None) -> None:
         super().__init__(error.message)
@@ -78,7 +78,7 @@ _NULL = msgspec.Raw(b"null")
 
 
 def read_line(data: bytes, *, max_body_bytes: int) -> BatchLine:
-    """The request of a line. Raises BadLineError, whose error names the field at fault."""
+    """Parse and check a line. Raises BadLineError, whose error names the field at fault."""
     if len(data) > max_body_bytes + LINE_HEAD_BYTES:
         raise _bad(f"the line is longer than {max_body_bytes + LINE_HEAD_BYTES} bytes", None, b"")
     try:
@@ -105,7 +105,7 @@ def read_line(data: bytes, *, max_body_bytes: int) -> BatchLine:
 
 
 def make_output(custom_id: str | None, request_id: str, status: int, body: bytes) -> bytes:
-    """The line of one answer or refusal, with its line feed; `body` is JSON."""
+    """The output line, with its line feed, of a response or an error; `body` is its JSON body."""
     raw = msgspec.Raw(body)
     error = _NULL if status == 200 else _error_in(body)
     response = _Response(status, request_id, raw)
@@ -115,19 +115,19 @@ def make_output(custom_id: str | None, request_id: str, status: int, body: bytes
 
 
 def refusal(error: BadLineError, request_id: str) -> bytes:
-    """The line of what was never asked."""
+    """The output line of an input line that is not a valid request."""
     return make_output(error.custom_id, request_id, error.error.status, error_body(error.error))
 
 
 def answer_of(line: BatchLine, request_id: str, reply: Reply) -> bytes:
-    """The line of an answer, whatever its status."""
+    """The output line of a reply, whatever its status."""
     return make_output(line.custom_id, request_id, reply.status, reply.body)
 
 
 def lines_of(file: BufferedReader[Any], *, max_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank with their numbers, from 0.
+    """The lines that are not blank, each with its number, counted from 0 without blank lines.
 
-    Of a line that is longer than `max_bytes` the first of them, and one more.
+    A line longer than `max_bytes` is cut to max_bytes + 1, so that its length shows what is wrong.
     """
     number = 0
     is_first = True
@@ -145,7 +145,10 @@ def lines_of(file: BufferedReader[Any], *, max_bytes: int) -> Iterator[tuple[int
 
 
 def _pass_over_blanks(file: BufferedReader[Any]) -> None:
-    """A buffer at a time: line by line a file of nothing else would hold the interpreter's lock."""
+    """Skip white space, a buffer at a time.
+
+    Line by line, a file of nothing but blank lines would hold the GIL for long.
+    """
     while ahead := file.peek():
         num_blanks = len(ahead) - len(ahead.lstrip())
         file.read(num_blanks)
@@ -154,12 +157,12 @@ def _pass_over_blanks(file: BufferedReader[Any]) -> None:
 
 
 def max_line_bytes(max_body_bytes: int) -> int:
-    """That are read of one line."""
+    """Maximum size of a line, for a maximum size of its request body."""
     return max_body_bytes + LINE_HEAD_BYTES
 
 
 def some_lines(lines: Iterator[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
-    """The next of them: a few, or one that is long; none at their end."""
+    """The next few lines, up to READ_LINES or about READ_BYTES; empty at the end."""
     found, num_bytes = [], 0
     for number, data in lines:
         found.append((number, data))
@@ -173,11 +176,11 @@ def _is_streamed(body: msgspec.Raw) -> bool:
     try:
         return bool(_decode_streamed(body).stream)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return False  # the API says what is wrong with it
+        return False  # the endpoint will say what is wrong with the body
 
 
 def _error_in(body: bytes) -> msgspec.Raw:
-    """The error object of a body in OpenAI's words; the body itself where it has other ones."""
+    """The `error` object of an error body; the body itself where it has none."""
     try:
         found = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     except (msgspec.MsgspecError, UnicodeDecodeError):
@@ -186,6 +189,7 @@ def _error_in(body: bytes) -> msgspec.Raw:
 
 
 def _words(error: msgspec.ValidationError) -> str:
+    """msgspec's message, reworded for a line of a batch."""
     text = str(error).replace("Object missing", "the line has no").replace("`", "")
     text = text.replace("Expected object, got", "the line must be a JSON object, not")
     return text.replace("required field ", "").replace("$.", "")

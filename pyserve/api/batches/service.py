@@ -1,12 +1,12 @@
-"""Batches of clients beside their requests: one of each owner at a time, in the back row.
+"""BatchService: runs the batches of /v1/batches beside clients' requests, one per owner at a time.
 
     validating -> in_progress -> finalizing -> completed
         |             |-> cancelling -> cancelled
         |-> failed    |-> expired
 
-Every line takes the road of an HTTP request (work.py, http/inner.py), as background: it gives way
-to all that clients ask themselves. The answers gather in a journal. What had not ended when the
-process did goes on when the next one is ready.
+Every line is sent as an HTTP request of the server to itself (work.py, http/inner.py), in the
+background: requests of clients go first. The answers are kept in a journal. When the process ends,
+unfinished batches stay as they are, and the next process continues them once it is ready.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from pyserve.log import get_logger
 P = ParamSpec("P")
 T = TypeVar("T")
 
-WINDOW_S = 24 * 3600
-MAX_LINES = 50_000  # OpenAI's bound
-MAX_SHOWN_ERRORS = 20  # of an input that is refused
-MAX_UNFINISHED = 100  # of one owner
+WINDOW_S = 24 * 3600  # a batch expires after this time
+MAX_LINES = 50_000  # OpenAI's limit
+MAX_SHOWN_ERRORS = 20  # errors that are listed of an input that is refused
+MAX_UNFINISHED = 100  # unfinished batches of one owner
 _EXPIRED = (
     b'{"error":{"message":"the batch has expired before this line was asked",'
     b'"type":"BatchExpiredError","param":null,"code":"batch_expired"}}'
@@ -52,9 +52,14 @@ _EXPIRED = (
 
 
 class BatchService:
-    """The store, and the tasks that answer its batches; it lives on the event loop.
+    """The store, and the tasks that run its batches. All methods run on the event loop, except
+    those marked as running on a thread.
 
-    owner_of  user -> what stays the same of its key from one process to the next.
+    store           the files and batches of all owners.
+    owner_of        user -> a name for it that is the same in the next process (Keys.owner).
+    users           all users; empty: no API key is needed.
+    max_inflight    lines of a batch that are in flight at once; None: the engine's max_num_seqs.
+    max_body_bytes  maximum size of a line's request body.
     """
 
     def __init__(
@@ -68,19 +73,22 @@ class BatchService:
         self._max_body_bytes = max_body_bytes
         self._engine: EngineClient | None = None
         self._ask: Callable[[str], InnerClient] | None = None
-        self._tasks: dict[str, asyncio.Task[None]] = {}  # by owner
-        self._journals: dict[str, Journal] = {}  # by batch
-        self._working: dict[str, asyncio.Task[None]] = {}  # likewise: what a cancel ends
-        self._running: set[str] = set()  # batches whose turn it is
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # owner -> the task that runs its batches
+        self._journals: dict[str, Journal] = {}  # batch id -> its open journal
+        self._working: dict[str, asyncio.Task[None]] = {}  # batch id -> the task that `cancel` ends
+        self._running: set[str] = set()  # ids of the batches that run now, one per owner
 
     def start(self, engine: EngineClient, ask: Callable[[str], InnerClient]) -> None:
-        """The model is ready: go on with what is left."""
+        """Start when the model is ready, and continue unfinished batches.
+
+        ask  makes a client of the server's own for a user.
+        """
         self._engine, self._ask = engine, ask
         for owner in {owner for owner, _ in self.store.unfinished()}:
             self._begin(owner)
 
     async def stop(self) -> None:
-        """Leave everything as it is, for the next process."""
+        """Stop all batches where they are; the next process continues them."""
         self._ask = None
         tasks = list(self._tasks.values())
         for task in tasks:
@@ -91,15 +99,21 @@ class BatchService:
     def close(self) -> None:
         self.store.close()
 
-    # -- what clients ask --------------------------------------------------------------------------
+    # -- requests of clients -----------------------------------------------------------------------
 
     async def create(self, owner: str, batch: Batch) -> None:
-        """Keep a new batch and let it run in its turn. Raises RequestError."""
+        """Store a new batch, which runs when its owner's earlier ones have ended.
+
+        Raises RequestError.
+        """
         await self._keeping(self._add, owner, batch)
         self._begin(owner)
 
     async def cancel(self, owner: str, id: str) -> Batch:
-        """Raises NotFoundError, and InvalidRequestError where it has ended."""
+        """Cancel a batch; returns it.
+
+        Raises NotFoundError, and InvalidRequestError where it has ended or is finalizing.
+        """
 
         def cancelled(batch: Batch) -> Batch:
             if batch.status in (*ENDED, "finalizing"):
@@ -108,7 +122,8 @@ class BatchService:
                 return batch
             is_waiting = batch.status == "validating" and id not in self._running
             batch = _moved(batch, "cancelling")
-            return _moved(batch, "cancelled") if is_waiting else batch  # it has answered nothing
+            # A batch that has not begun has no answers to write, so it is cancelled at once.
+            return _moved(batch, "cancelled") if is_waiting else batch
 
         batch = await self._change(owner, id, cancelled)
         working = self._working.get(id)
@@ -117,13 +132,13 @@ class BatchService:
         return self.shown(batch)
 
     def shown(self, batch: Batch) -> Batch:
-        """With the counts of this moment."""
+        """`batch` with the present request counts, if it is running."""
         journal = self._journals.get(batch.id)
         if journal is None:
             return batch
         return msgspec.structs.replace(batch, request_counts=_counts(journal))
 
-    # -- what runs ---------------------------------------------------------------------------------
+    # -- running batches ---------------------------------------------------------------------------
 
     def _begin(self, owner: str) -> None:
         last = self._tasks.get(owner)
@@ -147,7 +162,7 @@ class BatchService:
             try:
                 await self._run(owner, batch)
             except EngineStoppedError:
-                return  # the next process goes on with it
+                return  # the next process continues the batch
             except (JournalError, StorageError, OSError) as error:
                 get_logger().error("%s: %s", batch.id, error)
                 self.store.journal_path(batch.id).unlink(missing_ok=True)
@@ -156,7 +171,7 @@ class BatchService:
                 self._running.discard(batch.id)
 
     async def _run(self, owner: str, batch: Batch) -> None:
-        """From where it is to its end."""
+        """Run a batch from its present status to its end."""
         if owner not in self._users:
             error = BatchError(code="no_key", message="the API key that made it is no longer one")
             await self._fail(owner, batch.id, [error])
@@ -173,7 +188,8 @@ class BatchService:
         )
         self._journals[batch.id] = journal
         try:
-            batch = await self._change(owner, batch.id, _begun)  # a cancel may have come meanwhile
+            # This reads the batch again, as it may have been cancelled meanwhile.
+            batch = await self._change(owner, batch.id, _begun)
             if batch.status not in ENDED:
                 end = await self._answer(owner, batch, journal, source)
                 await self._finish(owner, batch.id, journal, end)
@@ -184,7 +200,7 @@ class BatchService:
         self.store.journal_path(batch.id).unlink(missing_ok=True)
 
     async def _answer(self, owner: str, batch: Batch, journal: Journal, source: Path) -> Any:
-        """Ask what is left; the status that the batch ends in."""
+        """Send the lines that have no answer; returns the status that the batch is to end in."""
         if batch.status in ("cancelling", "finalizing"):
             return "cancelled" if batch.status == "cancelling" else "completed"
         assert self._engine is not None and self._ask is not None
@@ -197,7 +213,7 @@ class BatchService:
             working = asyncio.ensure_future(work.run())
             self._working[batch.id] = working
             if self.store.batch(owner, batch.id).status == "cancelling":
-                working.cancel()  # it has come before there was anything to end
+                working.cancel()  # `cancel` was called before this task existed
             try:
                 left_s = max(batch.expires_at - time.time(), 0.0)
                 await asyncio.wait([working], timeout=left_s)
@@ -224,7 +240,7 @@ class BatchService:
         self.store.num_journal_bytes = journals
 
     def _expire(self, journal: Journal, file: Any) -> None:
-        """Answer what was not asked with that."""
+        """On a thread: give each line that has no answer the error that the batch has expired."""
         for number, data in lines_of(file, max_bytes=max_line_bytes(self._max_body_bytes)):
             if not journal.is_done(number):
                 custom_id = read_line(data, max_body_bytes=self._max_body_bytes).custom_id
@@ -232,7 +248,10 @@ class BatchService:
                 journal.put(number, line, has_failed=True)
 
     async def _finish(self, owner: str, id: str, journal: Journal, end: Any) -> None:
-        """Its two files, then its last status."""
+        """Write the output and error files of a batch, then set its last status.
+
+        That is `end`, or "cancelled" where the batch is being cancelled.
+        """
 
         def finalizing(batch: Batch) -> Batch:
             is_next = end == "completed" and batch.status == "in_progress"
@@ -261,7 +280,10 @@ class BatchService:
     def _write_file(
         self, owner: str, journal: Journal, filename: str, is_wanted: Callable[[bytes], bool]
     ) -> str | None:
-        """On a thread: the id of the file; None where there would be nothing in it."""
+        """On a thread: write the lines that `is_wanted` accepts into a file of the owner's.
+
+        Returns the id of the file; None where it would be empty, and is not made.
+        """
         path = self.store.new_path()
         num_lines = journal.copy(path, is_wanted)
         if not num_lines:
@@ -280,7 +302,7 @@ class BatchService:
         get_logger().info("%s: failed: %s", id, errors[0].code)
 
     def _add(self, owner: str, batch: Batch) -> None:
-        """On a thread: keep a new batch. Raises RequestError, OSError."""
+        """On a thread: store a new batch. Raises RequestError, OSError."""
         with self.store.changing:
             num_unfinished = sum(other == owner for other, _ in self.store.unfinished())
             if num_unfinished >= MAX_UNFINISHED:
@@ -293,7 +315,7 @@ class BatchService:
             self.store.save(owner, batch)
 
     async def _change(self, owner: str, id: str, change: Callable[[Batch], Batch]) -> Batch:
-        """As Store.change has it, but StorageError in place of OSError."""
+        """Store.change on a thread; raises StorageError in place of OSError."""
         return await self._keeping(self.store.change, owner, id, change)
 
     async def _keeping(self, keep: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -303,7 +325,10 @@ class BatchService:
             raise StorageError(f"the batch cannot be kept: {error.strerror}") from None
 
     def _look_through(self, source: Path, endpoint: str) -> tuple[str, int, list[BatchError]]:
-        """On a thread: digest, number of lines and what is wrong with them."""
+        """On a thread: validate an input.
+
+        Returns its SHA-256, its number of lines (at most MAX_LINES + 1) and the errors found.
+        """
         errors: list[BatchError] = []
         ids: set[bytes] = set()
         digest = hashlib.sha256()
@@ -312,7 +337,7 @@ class BatchService:
             for number, data in lines_of(file, max_bytes=max_line_bytes(self._max_body_bytes)):
                 digest.update(data)
                 num_lines += 1
-                if num_lines > MAX_LINES:  # each further one takes its time from the others
+                if num_lines > MAX_LINES:  # refused anyway, so further lines would waste time
                     break
                 if len(errors) < MAX_SHOWN_ERRORS:
                     error = self._wrong(data, endpoint, ids)
@@ -358,7 +383,7 @@ def _begun(batch: Batch) -> Batch:
 
 
 def _moved(batch: Batch, status: Any) -> Batch:
-    """In its next status, from now on."""
+    """`batch` with `status`, and the time of the change: now."""
     return msgspec.structs.replace(batch, status=status, **{f"{status}_at": int(time.time())})
 
 

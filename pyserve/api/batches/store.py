@@ -1,12 +1,13 @@
-"""Files and batches of clients in one folder, each with its owner; they outlive the process.
+"""Store: the files and batches of clients, in a folder that outlives the process.
 
-    lock                     held while a server has the folder
-    files/<id>, <id>.json    what a client has sent, or a batch has written; what is known of it
-    batches/<id>.json        a batch; beside it <id>.journal, its answers while it runs
-    new/                     what is not whole yet: emptied at the start
+    lock                     locked while a server uses the folder
+    files/<id>, <id>.json    content of a file, from a client or a batch; its owner and description
+    batches/<id>.json        owner and description of a batch
+    batches/<id>.journal     its answers while it runs
+    new/                     files that are not complete yet; emptied at the start
 
-A description is written whole under another name and takes its place at once, and the content of a
-file is there before its description is: what a kill leaves is whole, or is removed at the start.
+Every .json file is written under another name and then renamed, and the content of a file is in
+place before its .json. So after a kill each file is complete, or is removed at the next start.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from pyserve.api.wire.batches import Batch, FileObject
 from pyserve.errors import InvalidRequestError, NotFoundError, RequestError, StartupError
 from pyserve.log import get_logger
 
-OVERHEAD_BYTES = 4096  # that each file and batch counts for beside its content
-MIN_FREE_BYTES = 2**26  # that are left on the disk for others
-MAX_FILES = 10_000  # of all owners: each may have its part of them
-FILES_OF_A_BATCH = 2  # that it writes: its answers and its errors
-MAX_BATCHES = 10_000  # then the oldest that has ended is forgotten: no client can delete one
+OVERHEAD_BYTES = 4096  # counted for each file and batch beside its content
+MIN_FREE_BYTES = 2**26  # free space that is left on the disk
+MAX_FILES = 10_000  # of all owners together; each owner may have an equal share of them
+FILES_OF_A_BATCH = 2  # a batch writes an output file and an error file
+MAX_BATCHES = 10_000  # beyond this the oldest ended batch is dropped, as clients cannot delete any
 ENDED = ("failed", "completed", "expired", "cancelled")
 _ID = re.compile(r"(file|batch)[-_][0-9a-f]{32}")
 
@@ -42,7 +43,7 @@ T = TypeVar("T")
 
 
 class StorageError(RequestError):
-    """507: the folder, or the disk under it, is full."""
+    """507: the folder or its disk is full, or cannot be written."""
 
     status = 507
     type = "InsufficientStorageError"
@@ -59,24 +60,27 @@ class _OwnedBatch(msgspec.Struct, frozen=True):
 
 
 class Store:
-    """The folder. It is read once; from then on what is asked is answered from memory.
+    """The folder's contents. It is read once at the start; later look-ups are made in memory.
 
-    max_bytes   of all files, journals and descriptions.
-    num_owners  that share MAX_FILES.
-    changing    held while a batch is changed.
+    max_file_bytes     maximum size of one file.
+    max_bytes          maximum size of all files, journals and descriptions together.
+    num_owners         number of owners that share MAX_FILES.
+    num_upload_bytes   bytes of files that are being uploaded.
+    num_journal_bytes  bytes of the journals of running batches.
+    changing           lock that is held while batches are changed, as threads do that.
     """
 
     def __init__(
         self, folder: Path, *, max_file_bytes: int, max_bytes: int, num_owners: int = 1
     ) -> None:
-        """Raises StartupError: the folder cannot be used, or another server has it."""
+        """Raises StartupError where the folder cannot be used, or another server uses it."""
         self.folder = folder
         self.max_file_bytes = max_file_bytes
         self.max_bytes = max_bytes
         self._num_owners = max(num_owners, 1)
         self._files: dict[str, _OwnedFile] = {}
         self._batches: dict[str, _OwnedBatch] = {}
-        self.num_upload_bytes = 0  # of files on their way
+        self.num_upload_bytes = 0
         self.num_journal_bytes = 0
         self._num_kept_bytes = 0
         self.changing = threading.RLock()
@@ -100,13 +104,13 @@ class Store:
 
     @property
     def num_bytes(self) -> int:
-        """That count against max_bytes."""
+        """Bytes that count against max_bytes."""
         num_described = len(self._files) + len(self._batches)
         num_growing = self.num_upload_bytes + self.num_journal_bytes
         return self._num_kept_bytes + OVERHEAD_BYTES * num_described + num_growing
 
     def check_room(self, num_bytes: int) -> None:
-        """Raise StorageError where `num_bytes` more are too many for the folder or its disk."""
+        """Raise StorageError where the folder's limit or its disk has no room for `num_bytes`."""
         if self.num_bytes + num_bytes + OVERHEAD_BYTES > self.max_bytes:
             raise StorageError(
                 f"files and batches take {self.num_bytes} bytes, with {num_bytes} more than the "
@@ -119,8 +123,8 @@ class Store:
     def check_count(self, owner: str, num_files: int = 1) -> None:
         """Raise StorageError where `owner` may not have `num_files` more.
 
-        Those that its batches are still to write count as if they were there, so that no answers
-        are lost for the want of a place.
+        The files that its unfinished batches will write are counted already, so that a batch can
+        always write its answers.
         """
         limit = MAX_FILES // self._num_owners
         num_own = sum(owned.owner == owner for owned in list(self._files.values()))
@@ -134,11 +138,11 @@ class Store:
     # -- files -------------------------------------------------------------------------------------
 
     def new_path(self) -> Path:
-        """Where a file may be written until it is whole."""
+        """A new path under which to write a file until it is complete."""
         return self.folder / "new" / secrets.token_hex(16)
 
     def add_file(self, owner: str, path: Path, *, filename: str, purpose: str) -> FileObject:
-        """Keep what is at `path`, which has been written whole. Raises OSError."""
+        """Store the complete file at `path`, which is moved into the store. Raises OSError."""
         file = FileObject(
             id=f"file-{secrets.token_hex(16)}", bytes=path.stat().st_size,
             created_at=int(time.time()), filename=filename, purpose=purpose,
@@ -155,11 +159,11 @@ class Store:
         return file
 
     def file(self, owner: str, id: str) -> FileObject:
-        """Raises NotFoundError where `owner` has none of this id."""
+        """The description of a file. Raises NotFoundError where `owner` has none with this id."""
         return _own(self._files, owner, id, "file").file
 
     def files(self, owner: str) -> list[FileObject]:
-        """The newest first."""
+        """All files of `owner`, the newest first."""
         return [
             owned.file for owned in reversed(list(self._files.values())) if owned.owner == owner
         ]
@@ -168,7 +172,10 @@ class Store:
         return self.folder / "files" / id
 
     def delete_file(self, owner: str, id: str) -> None:
-        """Raises NotFoundError, OSError, and RequestError while a batch needs the file."""
+        """Delete a file.
+
+        Raises NotFoundError, OSError, and InvalidRequestError where an unfinished batch needs it.
+        """
         file = _own(self._files, owner, id, "file").file
         for owned in list(self._batches.values()):
             if owned.batch.input_file_id == id and owned.batch.status not in ENDED:
@@ -183,7 +190,7 @@ class Store:
     # -- batches -----------------------------------------------------------------------------------
 
     def save(self, owner: str, batch: Batch) -> None:
-        """Keep a new batch, or what has become of it. Raises OSError."""
+        """Store a new batch, or a new state of a batch. Raises OSError."""
         with self.changing:
             self._write("batches", batch.id, _OwnedBatch(owner, batch))
             self._batches[batch.id] = _OwnedBatch(owner, batch)
@@ -195,9 +202,10 @@ class Store:
                     (self.folder / "batches" / f"{oldest}.json").unlink(missing_ok=True)
 
     def change(self, owner: str, id: str, change: Callable[[Batch], Batch]) -> Batch:
-        """Keep what `change` makes of a batch as it is now: nobody undoes what another has done.
+        """Replace a batch by `change(batch)`; returns the new one.
 
-        Raises NotFoundError, OSError, and what `change` raises.
+        The lock is held meanwhile, so that no other change gets lost. `change` may return the same
+        object to change nothing. Raises NotFoundError, OSError, and what `change` raises.
         """
         with self.changing:
             batch = self.batch(owner, id)
@@ -207,16 +215,16 @@ class Store:
         return changed
 
     def batch(self, owner: str, id: str) -> Batch:
-        """Raises NotFoundError where `owner` has none of this id."""
+        """A batch by its id. Raises NotFoundError where `owner` has none with this id."""
         return _own(self._batches, owner, id, "batch").batch
 
     def batches(self, owner: str) -> list[Batch]:
-        """The newest first."""
+        """All batches of `owner`, the newest first."""
         every = reversed(list(self._batches.values()))
         return [owned.batch for owned in every if owned.owner == owner]
 
     def unfinished(self) -> list[tuple[str, Batch]]:
-        """Owner and batch, the oldest first."""
+        """All batches that have not ended, as (owner, batch), the oldest first."""
         every = [(owned.owner, owned.batch) for owned in list(self._batches.values())]
         return [(owner, batch) for owner, batch in every if batch.status not in ENDED]
 
@@ -253,7 +261,7 @@ class Store:
         self._batches = {owned.batch.id: owned for owned in batches}
         for path in (self.folder / "files").iterdir():
             if _ID.fullmatch(path.name) and path.name not in self._files:
-                path.unlink()  # its description was never written, or is removed
+                path.unlink()  # a kill came before its .json was written, or after that was removed
         for path in (self.folder / "batches").glob("*.journal"):
             found = self._batches.get(path.stem)
             if found is None or found.batch.status in ENDED:
@@ -271,7 +279,7 @@ class Store:
 
 def _own(table: dict[str, T], owner: str, id: str, what: str) -> T:
     found = table.get(id)
-    # Another's is as one that does not exist: nobody learns which ids there are.
+    # What belongs to another owner is reported as not found, so that nobody learns which ids exist.
     if found is None or found.owner != owner:  # type: ignore[attr-defined]
         raise NotFoundError(f"No such {what}: {id[:100]}", "id")
     return found

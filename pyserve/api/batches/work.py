@@ -1,9 +1,9 @@
-"""The lines of a batch are asked, so many at once, and their answers put into its journal.
+"""BatchWork: sends the lines of a batch to the server and puts their answers into its journal.
 
-A line that cannot be asked is answered with what is wrong with it; the others go on. What the
-server could not take (429) is asked again until it is taken. Where the engine gives up or this is
-cancelled, lines without an answer are left without one: whoever opens the journal again goes on
-with them.
+Several lines are in flight at once. A line that is not a valid request gets an error as its answer,
+and the others go on. A request that is refused with 429 is repeated until it is accepted. If the
+engine gives up or this is cancelled, the lines that have no answer yet stay without one; the next
+run with the same journal continues with them.
 """
 
 from __future__ import annotations
@@ -30,20 +30,22 @@ from pyserve.client import EngineClient
 from pyserve.errors import PyserveError
 from pyserve.http_client import Reply
 
-MAX_RETRY_S = 5.0
-NUM_TRIES = 3  # of what is answered with 503
+MAX_RETRY_S = 5.0  # a Retry-After that is longer is cut to this
+NUM_TRIES = 3  # of a request that is answered with 503 or not at all
 
 
 class EngineStoppedError(PyserveError):
-    """The engine has given up: the lines that are left cannot be answered now."""
+    """The engine has given up, so the lines that are left cannot be answered now."""
 
 
 class BatchWork:
-    """One run over the lines of `file` that the journal has no answer to.
+    """One run over the lines of `file` that have no answer in the journal.
 
-    make_client   a connection of the server to itself.
-    max_inflight  lines that are asked at once.
-    check         raises BadLineError for what this batch does not take.
+    make_client     makes a client with which the server sends requests to itself.
+    max_inflight    number of lines that are in flight at once.
+    max_body_bytes  maximum size of a line's request body.
+    check           called with each valid line before it is sent. Raises BadLineError to refuse
+                    that line; any other exception ends the run.
     """
 
     def __init__(
@@ -60,13 +62,13 @@ class BatchWork:
         self._lines: Iterator[tuple[int, bytes]] = lines_of(
             file, max_bytes=max_line_bytes(max_body_bytes)
         )
-        self._read: deque[tuple[int, bytes]] = deque()
+        self._read: deque[tuple[int, bytes]] = deque()  # lines that were read and not sent yet
         self._reading = asyncio.Lock()
 
     async def run(self) -> None:
-        """Until every line has its answer, and all is on disk.
+        """Run until every line has an answer that is on disk.
 
-        Raises JournalError, EngineStoppedError.
+        Raises JournalError, EngineStoppedError, and what `check` raises to end the run.
         """
         tasks = [asyncio.ensure_future(self._work()) for _ in range(self._max_inflight)]
         working = asyncio.ensure_future(asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION))
@@ -92,7 +94,7 @@ class BatchWork:
             client.close()
 
     async def _next(self) -> tuple[int, bytes] | None:
-        """A line that has no answer; None at their end."""
+        """The number and the bytes of the next line without an answer; None at the end."""
         async with self._reading:
             while not self._read:
                 more = await asyncio.to_thread(some_lines, self._lines)
