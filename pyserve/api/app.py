@@ -1,9 +1,8 @@
-"""Routes and the one middleware: who may ask, what an error looks like, what is in flight.
+"""The application: its routes, and the middleware that checks keys and turns errors into responses.
 
-A route is denied without a key unless its row says `is_public`; that includes paths that do not
-exist, as it is the handler the router found that is public, never a text in the path. Every
-response but a finished answer is an error in the words of its route, and every one has its request
-id.
+A request without a valid API key is refused unless its route is marked `is_public`. That includes
+paths that do not exist, because the check looks at the handler that the router found and never at
+the text of the path. Errors have the format of their route, and every response has a request id.
 """
 
 from __future__ import annotations
@@ -72,7 +71,12 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Route(NamedTuple):
-    """A row: error_body is how clients of the route expect an error, in OpenAI's words else."""
+    """One route.
+
+    is_public    it needs no API key.
+    is_of_model  its requests use the model, so they are counted and the shutdown waits for them.
+    error_body   formats an error as clients of the route expect it; by default as OpenAI does.
+    """
 
     method: str
     path: str
@@ -88,12 +92,12 @@ async def version(request: web.Request) -> web.StreamResponse:
 
 
 async def load(request: web.Request) -> web.StreamResponse:
-    """Requests in flight, under vLLM's name."""
+    """Number of requests in flight, under vLLM's name."""
     return json_response({"server_load": request.app[STATE].num_in_flight})
 
 
 async def metrics(request: web.Request) -> web.StreamResponse:
-    """Prometheus text."""
+    """All metrics in Prometheus' text format."""
     return web.Response(
         body=request.app[STATE].metrics.render(), headers={"Content-Type": CONTENT_TYPE}
     )
@@ -149,7 +153,8 @@ ROUTES = (
     Route("POST", "/ping", health, is_public=True),
     Route("GET", "/", site.index, is_public=True),
     Route("GET", "/docs", site.docs, is_public=True),
-    # The same for every server of this version, so nothing to hide; /docs could not show it else.
+    # It is the same for every server of this version, so there is nothing to hide. It must be
+    # public because /docs fetches it without a key.
     Route("GET", "/openapi.json", openapi, is_public=True),
     Route("GET", site.STATIC_PATH, site.static, is_public=True),
 )  # fmt: skip
@@ -158,7 +163,7 @@ _ANTHROPIC = tuple(f"{route.path}/" for route in ROUTES if route.error_body is m
 
 
 def build_app(state: ServerState) -> web.Application:
-    """The application of one server; it lives as long as `state`."""
+    """Make the application of the server whose state is `state`."""
     app = web.Application(middlewares=[_middleware(state)])
     config = state.config
     app[STATE] = state
@@ -169,8 +174,8 @@ def build_app(state: ServerState) -> web.Application:
     )
     app.on_response_prepare.append(_sign)
     add_cors(app, config)
-    app.middlewares.insert(0, _serve)  # before the preflights of add_cors
-    # A proxy may take the root path off or leave it on.
+    app.middlewares.insert(0, _serve)  # outside the preflight middleware of add_cors
+    # A proxy may remove the root path or leave it, so both forms get routes.
     for prefix in sorted({"", config.root_path}):
         for route in ROUTES:
             for path, handler in _spellings(prefix + route.path, route.handler):
@@ -181,9 +186,10 @@ def build_app(state: ServerState) -> web.Application:
 
 
 def _spellings(path: str, handler: Handler) -> list[tuple[str, Handler]]:
-    """A path with a slash at its end and without: clients add one, or leave it out."""
+    """The path with and without a slash at its end, because clients use both."""
     other = path[:-1] if path.endswith("/") else f"{path}/"
-    if not other or ":" in path or handler is site.static:  # a pattern that takes slashes, a file
+    # A pattern that matches slashes itself, and a static file, have one form only.
+    if not other or ":" in path or handler is site.static:
         return [(path, handler)]
     return [(path, handler), (other, site.redirect if handler in PAGES else handler)]
 
@@ -203,11 +209,11 @@ async def _serve(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 async def _sign(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers["Server"] = "pyserve"  # aiohttp would name itself and Python, with versions
+    response.headers["Server"] = "pyserve"  # aiohttp would send its own and Python's versions
     response.headers[request_id.HEADER] = request_id.current.get()
     if _is_anthropic(request):
         response.headers[request_id.ANTHROPIC_HEADER] = request_id.current.get()
-    request[STATUS] = response.status  # of a stream, whose client may leave before it returns
+    request[STATUS] = response.status  # set now, as a stream's client may leave before its end
     request.app[STATE].metrics.num_responses[response.status] += 1
 
 
@@ -250,7 +256,7 @@ def _middleware(state: ServerState) -> Middleware:
         except web.HTTPException as error:
             response = _router_error(request, error, unknown_paths)
         except ConnectionError:
-            raise  # the client has gone; aiohttp closes what is left
+            raise  # the client has gone; aiohttp closes the connection
         except Exception as error:
             response = _error_response(request, log_unexpected(error))
         if state.status in ("draining", "failed"):
@@ -261,14 +267,14 @@ def _middleware(state: ServerState) -> Middleware:
 
 
 def _error_response(request: web.Request, error: RequestError) -> web.Response:
-    """In the words of the route that was asked, or that the path lies under."""
+    """An error response in the format of the route that the path names or lies under."""
     path = request.path.removeprefix(request.app[STATE].config.root_path)
     under = (r.error_body for r in ROUTES if f"{path}/".startswith(f"{r.path}/"))
     return error_response(error, next(under, error_body))
 
 
 def _is_anthropic(request: web.Request) -> bool:
-    """Whether a route of Anthropic's dialect was asked, or the path lies under one."""
+    """Whether the path names a route of Anthropic's API, or lies under one."""
     path = request.path.removeprefix(request.app[STATE].config.root_path)
     return f"{path}/".startswith(_ANTHROPIC)
 

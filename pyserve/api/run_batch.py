@@ -1,7 +1,7 @@
-"""`pyserve run-batch`: a file of requests in, a file of answers out, by a server without a port.
+"""`pyserve run-batch`: answers a file of requests, with a server that has no port.
 
-The answers gather in OUTPUT.partial (batches/journal.py) and take their places in OUTPUT when all
-are there. Killed or stopped, the same command goes on where it was.
+The answers are kept in OUTPUT.partial (batches/journal.py) and copied to OUTPUT, in the order of
+the input, when all are there. After a kill or a stop, the same command continues where it was.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ from pyserve.errors import ConfigError
 from pyserve.log import get_logger
 from pyserve.words import counted
 
-LINES_FAILED = 3  # the exit code where each line has its answer and some of these are errors
+LINES_FAILED = 3  # exit code where every line has an answer and some answers are errors
 
 
 @dataclass(frozen=True, slots=True)
 class _Input:
-    """What was found out about the file while the model was loaded."""
+    """The SHA-256 of the input file, and its number of lines that are not blank."""
 
     digest: str
     num_lines: int
 
 
 def run_batch(batch: BatchConfig, config: ServerConfig, load: Callable[[Report], Loaded]) -> int:
-    """Answer every line; returns the exit code.
+    """Answer every line of the input; returns the exit code.
 
-    0: all lines have an answer; 3: some of these are errors; 1: some lines have none yet, and the
-    same command goes on with them; as run_server says where it is stopped. Raises ConfigError.
+    0: all lines are answered; 3: some of the answers are errors; 1: some lines have no answer yet,
+    and the same command continues with them. If told to stop, the code is run_server's. Raises
+    ConfigError.
     """
     partial_path = _check_paths(batch)
     get_logger().info("run-batch: %s -> %s", batch.input_file, batch.output_file)
@@ -95,7 +96,7 @@ async def _answer(
     batch: BatchConfig, config: ServerConfig, ready: Ready, journal: Journal,
     make_work: Callable[..., BatchWork],
 ) -> None:  # fmt: skip
-    """Run what is left, and show how far it is."""
+    """Answer the lines that have no answer yet, and show the progress meanwhile."""
     engine, total, num_before = ready.loaded.engine, journal.num_lines, journal.num_done
     num_left = total - num_before
     get_logger().info("run-batch: %s to answer, %d answered before", counted(num_left, "line"),
@@ -127,16 +128,19 @@ async def _answer(
 
 
 def default_inflight(loaded: Loaded) -> int:
-    """Every slot is taken, and as many lines wait as come free while answers are written."""
+    """How many lines to keep in flight by default: max_num_seqs and a quarter more.
+
+    The extra ones wait in the engine's queue, so that a sequence that ends is replaced at once.
+    """
     num_slots = loaded.engine.info.max_num_seqs
     return num_slots + max(4, num_slots // 4)
 
 
 def _look_through(path: Path, config: ServerConfig, found: list[_Input | Exception]) -> None:
-    """On a thread of its own: which file this is, and how many lines it has."""
+    """On a thread of its own: append the file's _Input to `found`, or the exception that it met."""
     try:
         with open_input(path) as file:
-            digest = hashlib.sha256()  # not file_digest, which Python 3.10 has not
+            digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
             while data := file.read(READ_BYTES):
                 digest.update(data)
             file.seek(0)
@@ -148,7 +152,7 @@ def _look_through(path: Path, config: ServerConfig, found: list[_Input | Excepti
 
 
 def _check_paths(batch: BatchConfig) -> Path:
-    """Where the answers gather. Raises ConfigError where a path cannot work."""
+    """The path of the journal. Raises ConfigError where a path cannot work."""
     for flag, path in (("-i", batch.input_file), ("-o", batch.output_file)):
         if "://" in str(path) or str(path).startswith(("http:/", "https:/")):
             raise ConfigError(f"{flag} {path}: addresses are not read or written yet, give a file")

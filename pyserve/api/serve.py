@@ -1,6 +1,6 @@
-"""The life of the server: listen, load, ready, drain or fail, exit.
+"""run_server: the life of the server: listen, load, ready, drain or fail, exit.
 
-The port is open before anything is loaded; loading runs on one thread of its own, so that /health
+The port is open before anything is loaded. Loading runs on a thread of its own, so that /health
 answers all the time. Nothing here imports torch.
 """
 
@@ -36,15 +36,16 @@ from pyserve.metrics import Metrics
 from pyserve.model_files import is_panic
 from pyserve.words import counted
 
-LOADER_GRACE_S = 1.0  # for a thread that loads, to end a compiler and remove half a file
+LOADER_GRACE_S = 1.0  # for the loading thread to stop a compiler and remove incomplete files
 
 __all__ = ["Loaded", "Ready", "Report", "Work", "run_server"]
 
 
 class Ready(NamedTuple):
-    """What work beside the server, or in its place, is given: it begins when the server is ready.
+    """What a Work gets when the server is ready.
 
-    ask  makes a client of the server's own, for a user.
+    loaded  the model.
+    ask     makes a client with which the server sends requests to itself, for a given user.
     """
 
     loaded: Loaded
@@ -60,13 +61,16 @@ def run_server(
 ) -> int:  # fmt: skip
     """Serve until SIGTERM or SIGINT, or until the engine gives up; returns the exit code.
 
-    `work`, where there is some, ends the server when it returns, with its exit code. Told to stop
-    meanwhile, it is cancelled, and the exit code is that of a process that the signal has ended.
+    load          runs on a thread of its own once the port is open. May raise StartupError, for
+                  which the exit code is 1.
+    work          runs once the server is ready. When it returns, the server ends with its exit
+                  code. If a signal stops the server before, it is cancelled, and the exit code is
+                  128 + the number of the signal.
+    is_listening  False: there is no port; the server only gets its own requests, those of `work`.
 
-    `load` runs on a thread of its own once the port is open, and may raise StartupError.
-    A thread that still loads when the server is told to stop ends with the process. So does all
-    that an engine holds which has given up. If told to stop before it is ready, the exit code is 0
-    for SIGTERM and 130 for SIGINT.
+    If the server is told to stop while it is starting, the exit code is 130 for SIGINT and 0 for
+    other signals; then the process exits without waiting for the loading thread. If the engine has
+    given up, the exit code is 1 and the process exits without freeing what the engine holds.
     """
     with StopSignals() as signals, ExitStack() as stack:
         try:
@@ -85,15 +89,19 @@ def run_server(
         stack.close()
         if server.must_exit:
             server.end_loading()
-            # The interpreter would wait for, or crash under, a thread inside a compiler or torch,
-            # or memory of a GPU that is lost.
+            # A normal exit of the interpreter would wait for or crash in a thread inside a compiler
+            # or torch, or when it frees memory of a GPU that is lost.
             log.flush()
             os._exit(code)
     return code
 
 
 class _Server:
-    """One run from the open port to the exit code."""
+    """One run of the server, from the open port to the exit code.
+
+    must_exit  the process must end by os._exit: it was told to stop while loading, or the engine
+               has given up, and what they hold cannot be freed.
+    """
 
     def __init__(
         self, config: ServerConfig, load: Callable[[Report], Loaded], listener: Listener | None, *,
@@ -111,11 +119,10 @@ class _Server:
         self._loader = threading.Thread(target=self._run_load, name="pyserve-load", daemon=True)
         self._loading: asyncio.Future[Loaded] | None = None
         self._statistics: asyncio.Task[None] | None = None  # ends with the loop
-        # Told to stop while loading, or the engine has given up: what is held cannot be freed.
         self.must_exit = False
 
     def end_loading(self) -> None:
-        """Let a thread that loads end what it has begun, where it can do so soon."""
+        """Have the loading thread stop, and give it LOADER_GRACE_S for that."""
         self._state.startup.give_up()
         if self._loader.is_alive():
             self._loader.join(LOADER_GRACE_S)
@@ -180,7 +187,7 @@ class _Server:
         return code if is_clean and loaded.engine.stats().error is None else 1
 
     async def _end_work(self, working: asyncio.Task[int] | None) -> int:
-        """The exit code, as far as it is up to the work."""
+        """Cancel the work if it still runs; returns the exit code that results from it."""
         if working is None:
             return 0
         working.cancel()
@@ -194,7 +201,10 @@ class _Server:
         return working.result()
 
     async def _wait_loaded(self) -> Loaded | None:
-        """What `load` returned, or None where the server is told to stop before."""
+        """What `load` returned, or None where the server was told to stop before that.
+
+        Raises what `load` raised.
+        """
         loop = asyncio.get_running_loop()
         self._loading = loop.create_future()
         self._loader.start()
@@ -206,7 +216,7 @@ class _Server:
         finally:
             stop.cancel()
             progress.cancel()
-            await asyncio.wait([progress])  # it has taken its bar away
+            await asyncio.wait([progress])  # it erases its bar when it ends
         if self._stop.is_set():
             self._loading.cancel()
             return None
@@ -215,7 +225,10 @@ class _Server:
     async def _wait_told_or_failed(
         self, engine: EngineClient, working: asyncio.Task[int] | None
     ) -> str | None:
-        """Until the server is told to stop, its work is done, or the engine has given up: why."""
+        """Wait until the server is told to stop, its work is done, or the engine has given up.
+
+        Returns why the engine has given up, or None.
+        """
         stop = asyncio.create_task(self._stop.wait())
         failure = asyncio.create_task(engine.wait_stopped())
         try:
@@ -227,22 +240,23 @@ class _Server:
         return failure.result() if failure.done() else None
 
     def _run_load(self) -> None:
-        """On the loading thread."""
+        """The loading thread: call `load` and hand its result or exception to the event loop."""
         loading = self._loading
         assert loading is not None
         loop = loading.get_loop()
         try:
             loaded = self._load(self._state.startup.report)
-        except BaseException as error:  # whatever ends this thread must end the start
-            # A panic of a library in Rust is no Exception; the start must still count as failed.
+        except BaseException as error:  # whatever ends this thread must end the start-up
+            # A panic of a library in Rust is not an Exception, which the event loop would not
+            # handle as a failed start-up; so it is wrapped.
             failure = RuntimeError(repr(error)) if is_panic(error) else error
             finish = partial(_settle, loading, error=failure)
         else:
-            # What lives from here on is never looked at again by the collector.
+            # Everything loaded so far stays, so the garbage collector need not look at it again.
             gc.collect()
             gc.freeze()
             finish = partial(_settle, loading, loaded)
-        with suppress(RuntimeError):  # the loop has ended: nobody waits any more
+        with suppress(RuntimeError):  # the loop has ended, so nobody waits for the result
             loop.call_soon_threadsafe(finish)
 
     def _on_told(self) -> None:
@@ -250,7 +264,10 @@ class _Server:
         self._ready_file.remove()
 
     async def _fail(self, engine: EngineClient, error: str) -> None:
-        """The engine has failed what ran: let clients hear of it, then let go of the rest."""
+        """End after the engine has given up, which has failed all that ran.
+
+        Clients get LAST_FRAMES_S to read their errors, and the engine as long to stop.
+        """
         self.must_exit = True
         self._ready_file.remove()
         state = self._state
@@ -263,7 +280,10 @@ class _Server:
             _is_clean(stopping)
 
     async def _drain(self, engine: EngineClient, connections: Connections) -> bool:
-        """Let requests end, then stop the engine; False where it does not stop cleanly."""
+        """Let running requests finish, for up to shutdown_timeout_s, then stop the engine.
+
+        Returns False where the engine does not stop cleanly.
+        """
         state = self._state
         state.status = "draining"
         connections.close_idle()
@@ -288,7 +308,7 @@ def _settle(
     loading: asyncio.Future[Loaded], loaded: Loaded | None = None, *,
     error: BaseException | None = None,
 ) -> None:  # fmt: skip
-    """The end of the loading thread, on the loop."""
+    """On the event loop: give the loading thread's result to the future that waits for it."""
     if loading.cancelled():
         return
     if loaded is not None:
@@ -298,7 +318,7 @@ def _settle(
 
 
 def _is_clean(stopping: asyncio.Task[None]) -> bool:
-    """False, and a traceback in the log, where the end of the engine met a bug."""
+    """Whether the engine stopped without an exception; else that is logged with its traceback."""
     error = stopping.exception()
     if error is not None:
         get_logger().error("the engine did not stop cleanly", exc_info=error)

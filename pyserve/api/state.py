@@ -1,4 +1,4 @@
-"""What the handlers of one server share: its phase of life, the model, metrics, text threads."""
+"""ServerState: what the handlers of one server share: its status, model, metrics and queues."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
 from pyserve.text.tool_parsers.registry import ToolFormat
 
 MAX_RETRY_AFTER_S = 60
-SHORT_TEXT_CHARS = 4000  # tokenised on the event loop: about a millisecond
+SHORT_TEXT_CHARS = 4000  # up to here text is tokenised on the event loop: about a millisecond
 
 Work = Literal["generate", "embed", "score"]
 
 R = TypeVar("R")
 
-# What a model is for -> what it does, and where.
+# Parts of the error message, by what a model is for: what it does and at which endpoints, and what
+# kind of model an endpoint needs.
 _DOES: dict[Work, str] = {
     "generate": "generates text: ask /v1/chat/completions, /v1/completions",
     "embed": "makes embeddings: ask /v1/embeddings, /v1/score",
@@ -54,7 +55,10 @@ _TAKES: dict[Work, str] = {
 
 
 def check_work(info: EngineInfo, *works: Work) -> None:
-    """Refuse what the model is not for: none of `works`, of which the first is the usual one."""
+    """Raise InvalidRequestError where the model does none of `works`.
+
+    The message says what the endpoint needs: a model for the first of `works`.
+    """
     own: Work = "generate" if info.pooling is None else info.pooling.kind
     if own not in works:
         raise InvalidRequestError(
@@ -65,13 +69,12 @@ def check_work(info: EngineInfo, *works: Work) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What `load` hands over: all the API needs of a model. The engine is not started yet.
+    """All that the API needs of a loaded model. The engine is not started yet.
 
-    reasoning  None: thinking is not told from the rest.
-    tools      how the model writes calls of tools; None: none are looked for.
-    score_template
-               of a model that scores: how it is shown what to score.
-    prepared   its grammars, where they have been made before the engine was.
+    reasoning       separates reasoning from content; None: it is not separated.
+    tools           how the model writes tool calls; None: they are not parsed.
+    score_template  the prompt of a model that scores documents; None: it does not.
+    prepared        grammars that were made before the engine was; None: they are made here.
     """
 
     tokenizer: Tokenizer
@@ -93,7 +96,14 @@ class Loaded:
 
 @dataclass(slots=True, eq=False)
 class ServerState:
-    """Owned by serve.py, which alone moves `status` on; read by every handler."""
+    """The state of one server. Every handler reads it; serve.py owns it and alone sets `status`.
+
+    loaded         the model; None until it is loaded.
+    num_in_flight  number of requests that use the model.
+    generations    the running generations, each with the request ids by which it can be aborted.
+    batches        None: --batch-dir is not given.
+    created        Unix time of the start, in s.
+    """
 
     config: ServerConfig
     metrics: Metrics
@@ -101,10 +111,10 @@ class ServerState:
     watchdog: LoopWatchdog = field(init=False)
     status: Literal["starting", "ready", "draining", "failed"] = "starting"
     loaded: Loaded | None = None
-    num_in_flight: int = 0  # requests that use the model
-    generations: dict[Generation, set[str]] = field(default_factory=dict)  # what runs, and its ids
+    num_in_flight: int = 0
+    generations: dict[Generation, set[str]] = field(default_factory=dict)
     uploads: Uploads = field(default_factory=Uploads)
-    batches: BatchService | None = None  # None: --batch-dir is not given
+    batches: BatchService | None = None
     request_log: RequestLog = field(init=False)
     http_metrics: HttpMetrics = field(init=False)
     keys: Keys = field(init=False)
@@ -130,7 +140,7 @@ class ServerState:
         )
 
     def open_batches(self) -> None:
-        """Read --batch-dir, where it is given. Raises StartupError."""
+        """Open --batch-dir, if it is given. Raises StartupError."""
         config = self.config
         if config.batch_dir is None:
             return
@@ -150,11 +160,11 @@ class ServerState:
 
     @property
     def model_name(self) -> str:
-        """The name in responses and metrics."""
+        """The base model's name in responses and metrics."""
         return self.config.served_model_names[0]
 
     def model(self) -> Loaded:
-        """The model, for a new request. Raises UnavailableError in any phase but ready."""
+        """The model, for a new request. Raises UnavailableError where the server is not ready."""
         if self.status == "draining":
             raise UnavailableError("the server is shutting down")
         if self.status == "failed":
@@ -170,11 +180,11 @@ class ServerState:
         return self.loaded
 
     def model_with_room(self, request: web.Request, *works: Work) -> Loaded:
-        """As `model`; raises QueueFullError where not one more sequence of its client may wait, and
-        InvalidRequestError where the model is for other work than `works`, "generate" where these
-        are none.
+        """The model, if it does one of `works` (none given: "generate") and its queue has room.
 
-        Asked before a body is read, so that a refusal costs next to nothing.
+        Called before the body is read, so that a refusal costs next to nothing. Raises as `model`,
+        QueueFullError where the client may not queue one more sequence, and InvalidRequestError
+        where the model does none of `works`.
         """
         loaded = self.model()
         check_work(loaded.engine.info, *(works or ("generate",)))
@@ -182,8 +192,9 @@ class ServerState:
         return loaded
 
     def adapter_named(self, name: str | None) -> str | None:
-        """The adapter that a request for `name` uses; None: the base model alone, which no name
-        means, too. Raises NotFoundError where nothing is served under the name.
+        """The adapter that a request for model `name` uses; None: the base model alone.
+
+        No name means the base model, too. Raises NotFoundError where `name` is not served.
         """
         if not name or name in self.config.served_model_names:
             return None
@@ -193,27 +204,29 @@ class ServerState:
         return name
 
     def check_model_name(self, name: str | None) -> None:
-        """Refuse a name that is not served."""
+        """Raise NotFoundError where `name` is given and not served."""
         self.adapter_named(name)
 
     def name_in_answers(self, name: str | None) -> str:
-        """What answers to a request for `name` call the model: its adapter's name, or the first of
-        the base model's."""
+        """The model name in responses to a request for `name`.
+
+        That is the adapter's name, or the first name of the base model.
+        """
         is_adapter = bool(name) and name not in self.config.served_model_names
         return name if is_adapter and name else self.model_name
 
     def enter(self) -> None:
-        """A request that uses the model begins."""
+        """Count a request that begins to use the model."""
         self.num_in_flight += 1
 
     def leave(self) -> None:
-        """It has ended, however it did."""
+        """Count such a request as ended, whether it succeeded or not."""
         self.num_in_flight -= 1
         if self.num_in_flight == 0:
             self._idle.set()
 
     async def wait_idle(self, timeout_s: float) -> bool:
-        """Until no request uses the model; False where it takes longer than `timeout_s`."""
+        """Wait until no request uses the model; False where that takes longer than `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while self.num_in_flight:
             self._idle.clear()
@@ -232,9 +245,11 @@ class ServerState:
         short: int = SHORT_TEXT_CHARS,
         is_answer: bool = False,
     ) -> R:
-        """Run text work on `size` bytes, characters or tokens: on a thread where it would block.
+        """Run work on text, on a thread where it could block the event loop; returns its result.
 
-        is_answer  it ends the request, and is not refused where too much waits.
+        size       how much text it is about, in bytes, characters or tokens.
+        short      up to this size the work runs on the event loop at once.
+        is_answer  it is the last work of a request, so it is never refused for a full queue.
 
         Raises QueueFullError, and what `function` raises.
         """
@@ -245,7 +260,7 @@ class ServerState:
         )
 
     def close(self) -> None:
-        """Let go of the threads; what they still do is not waited for."""
+        """Release threads, memory and files. Work that still runs on threads is not waited for."""
         self._text_queue.close()
         self.responses.close()
         if self.batches is not None:

@@ -1,12 +1,13 @@
-"""Text work on threads: templates, tokenising, large bodies. Bounded, and shared between clients.
+"""TextQueue: runs text work on threads, such as templates, tokenising and decoding large bodies.
 
-There are two lanes, for short work and for long work, and no lane gets all threads: short work
-passes long work and does not starve it. A step wants cores too: on two there is one long work at a
-time. Within a lane the clients take turns, however much each has queued. A connection answers one
-request at a time, so it has one piece of work here. A client may queue no more than it leaves free:
-half of the queue if it is alone, so that another finds room.
+Short work and long work have a lane each, and neither lane may use all threads. So short work
+overtakes long work, and does not starve it. Engine steps need cores too, so on two cores only one
+piece of long work runs at a time. Within a lane the clients take turns, however much each has
+queued. A connection answers one request at a time, so it has at most one piece of work here. A
+client may not hold more of the queue than is left free; so a client alone gets half of it, and
+another one still finds room.
 
-Everything here but the work itself runs on the event loop.
+Everything but the work itself runs on the event loop.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from pyserve.allocator import trim
 from pyserve.errors import QueueFullError
 
 NUM_THREADS = 3
-MAX_IN_LANE = 2  # of them
-MAX_SHORT_BYTES = 2**16  # tens of milliseconds
-MAX_WAITING = 4096  # pieces of work, those under way too
-MAX_WAITING_BYTES = 2**27  # of the bodies they are about
-TRIM_BYTES = 2**18  # work on so much leaves tens of megabytes to the allocator
+MAX_IN_LANE = 2  # threads that one lane may use
+MAX_SHORT_BYTES = 2**16  # work on up to so much text is short: it takes tens of milliseconds
+MAX_WAITING = 4096  # pieces of work that wait or run
+MAX_WAITING_BYTES = 2**27  # bytes of text that they are about
+TRIM_BYTES = 2**18  # work on so much text leaves tens of megabytes free in the allocator
 
 R = TypeVar("R")
 
@@ -43,7 +44,7 @@ class _Work:
 
 
 class _Lane:
-    """Work that waits, by client; the first of the clients is the next one served."""
+    """The waiting work of one lane, by client; the first client in the dict is served next."""
 
     def __init__(self, max_running: int) -> None:
         self.num_running = 0
@@ -64,7 +65,7 @@ class _Lane:
             del self._waiting[work.client]
 
     def take(self) -> _Work:
-        """The next one; its client goes to the end of the line."""
+        """Take the next piece of work, and move its client to the end of the line."""
         client, own = next(iter(self._waiting.items()))
         work = own.popleft()
         del self._waiting[client]
@@ -74,14 +75,15 @@ class _Lane:
 
 
 class TextQueue:
-    """The threads and what waits for them. `close` must be called.
+    """The threads and the work that waits for them. `close` must be called.
 
-    num_cores  that there are; None: those of this machine.
+    num_cores  number of cores to assume; None: those of this machine.
     """
 
     def __init__(self, num_cores: int | None = None) -> None:
-        # Two long texts at once took a step's cores and the interpreter's lock from it: of streams
-        # beside them the longest gap was 0.25 to 1.3 s on two cores, beside one 0.15 to 0.23.
+        # Two long texts at once take cores and the GIL from the engine's steps. Measured on two
+        # cores, the longest gap in concurrent streams was 0.25 to 1.3 s with two long texts at a
+        # time, and 0.15 to 0.23 s with one.
         num_long = max(1, min(MAX_IN_LANE, (num_cores or host.num_cores()) - 1))
         self._threads = ThreadPoolExecutor(NUM_THREADS, "pyserve-text")
         self._short, self._long = _Lane(MAX_IN_LANE), _Lane(num_long)
@@ -91,12 +93,14 @@ class TextQueue:
     async def run(
         self, function: Callable[[], R], *, client: str, num_bytes: int, is_answer: bool = False
     ) -> R:
-        """The result of `function`, called on a thread when it is its turn.
+        """Call `function` on a thread when its turn comes; returns its result.
 
-        num_bytes  that it is about: of the body, or of the text.
-        is_answer  it ends a request: it is never refused, as more has been spent on it.
+        client     the client whose turn it takes.
+        num_bytes  size of the body or the text that it is about.
+        is_answer  it is the last work of a request. It is never refused, because most of the cost
+                   of the request has been spent already.
 
-        Raises QueueFullError where too much waits, and what `function` raises.
+        Raises QueueFullError where too much work waits, and what `function` raises.
         """
         if not is_answer:
             self._check_room(client, num_bytes)
@@ -110,12 +114,12 @@ class TextQueue:
             result: R = await work.result
             return result
         finally:
-            if not work.has_begun:  # the client has gone
+            if not work.has_begun:  # cancelled while it waited, as its client has gone
                 lane.remove(work)
                 self._hold(work, -1)
 
     def close(self) -> None:
-        """Let go of the threads; what they still do is not waited for."""
+        """Drop waiting work and release the threads, without waiting for what they still do."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _lane(self, num_bytes: int) -> _Lane:
@@ -133,7 +137,7 @@ class TextQueue:
         )
 
     def _hold(self, work: _Work, count: int) -> None:
-        """Account for `work`: count 1 when it comes, -1 when it has ended."""
+        """Count `work` for its client: `count` is 1 when it is queued, -1 when it has ended."""
         num_own, num_own_bytes = self._held.get(work.client, (0, 0))
         num_bytes = count * work.num_bytes
         self._num_held += count
@@ -143,7 +147,7 @@ class TextQueue:
             del self._held[work.client]
 
     def _begin(self) -> None:
-        """Give the threads that are free something to do."""
+        """Start waiting work on free threads."""
         loop = asyncio.get_running_loop()
         while self._short.num_running + self._long.num_running < NUM_THREADS:
             lane = self._short if self._short.is_ready else self._long
@@ -163,19 +167,19 @@ class TextQueue:
     def _end(self, work: _Work, future: Future[Any]) -> None:
         self._lane(work.num_bytes).num_running -= 1
         self._hold(work, -1)
-        if not work.result.done():  # its client may have gone
+        if not work.result.done():  # it is cancelled if the client has gone
             if future.cancelled():
                 work.result.cancel()
             elif (error := future.exception()) is not None:
                 work.result.set_exception(error)
             else:
                 work.result.set_result(future.result())
-        if not future.cancelled():  # only the queue's end cancels it
+        if not future.cancelled():  # only `close` cancels it, after which nothing is started
             self._begin()
 
 
 def _trimmed(function: Callable[[], R], num_bytes: int) -> Callable[[], R]:
-    """`function`, and then what long work has freed goes back to the system."""
+    """`function`, followed for long work by returning freed memory to the system."""
     if num_bytes < TRIM_BYTES:
         return function
 
