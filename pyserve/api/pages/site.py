@@ -1,7 +1,7 @@
-"""The page at `/`, the docs and their files: all of this server, nothing fetched from elsewhere.
+"""The chat page at `/`, the page at `/docs`, and their files; nothing is fetched from other hosts.
 
-They are public and the same for everybody: what they show of the server they ask it for, with the
-key of whoever looks at them.
+They are public and the same for everybody. What they show of the server they request from its API,
+with the API key that the user of the page enters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONTENT_TYPES = {
     ".svg": "image/svg+xml",
     ".txt": "text/plain",
 }
-# Those of others are in vendor/, as they are published, each with its licence.
+# Third-party files are in vendor/ as they were published, each with its licence.
 FILES = tuple(
     sorted(
         path.relative_to(FOLDER).as_posix()
@@ -32,16 +32,17 @@ FILES = tuple(
     )
 )
 STATIC = "/static"
-STATIC_PATH = STATIC + "/{name:" + "|".join(map(re.escape, FILES)) + "}"  # no other file has a path
+# Only the files in FILES can be requested.
+STATIC_PATH = STATIC + "/{name:" + "|".join(map(re.escape, FILES)) + "}"
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "X-DNS-Prefetch-Control": "off",  # a link in an answer would tell its host by a look-up
-    "Cache-Control": "no-cache",  # kept, but asked for again: by its ETag, which costs no bytes
+    "X-DNS-Prefetch-Control": "off",  # else a link in an answer could leak data by a DNS look-up
+    "Cache-Control": "no-cache",  # cached, but checked by its ETag on every use
 }
-# What an answer says reaches the elements of the page: should the sanitiser have a hole, this keeps
-# scripts from running, and anything from being fetched from or sent to another host. Only the
-# sanitiser may make elements from text (trusted-types).
+# The page shows the model's answers as HTML. Should the sanitiser have a hole, this policy keeps
+# scripts in an answer from running, and data from being fetched from or sent to another host. Only
+# the sanitiser may turn text into elements (trusted-types).
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'self'; "
@@ -62,7 +63,7 @@ class File(NamedTuple):
 
 
 async def index(request: web.Request) -> web.StreamResponse:
-    """What the server is doing while it starts; then a chat with the model."""
+    """The page at `/`: the progress of the start-up, then a chat with the model."""
     return reply(request, _read("page.html"))
 
 
@@ -72,19 +73,25 @@ async def docs(request: web.Request) -> web.StreamResponse:
 
 
 async def static(request: web.Request) -> web.StreamResponse:
-    """A file of theirs."""
+    """A static file of these pages."""
     return reply(request, _read(request.match_info["name"]))
 
 
 async def redirect(request: web.Request) -> web.StreamResponse:
-    """To the spelling from which a page's links, which are relative, lead to its files."""
+    """Redirect to the form of the path, with or without a slash, that the page itself has.
+
+    Only from there do its relative links lead to its files.
+    """
     name = request.path.rstrip("/").rpartition("/")[2]
     location = f"../{name}" if request.path.endswith("/") else f"{name}/"
     return web.Response(status=308, headers={"Location": location})
 
 
 def reply(request: web.Request, file: File, *, policy: str = PAGE_POLICY) -> web.Response:
-    """`file`, or 304 where the client has it; `policy` is what it may load and run in a browser."""
+    """A response with `file`, or a 304 where the client has it already.
+
+    policy  its Content-Security-Policy: what the browser lets it load and run.
+    """
     headers = {**HEADERS, "Content-Security-Policy": policy}
     if any(known.value in (file.etag, "*") for known in request.if_none_match or ()):
         response = web.Response(status=304, headers=headers)
@@ -97,7 +104,7 @@ def reply(request: web.Request, file: File, *, policy: str = PAGE_POLICY) -> web
 
 
 def make_file(body: bytes, suffix: str) -> File:
-    """`body` with the type that goes with `suffix`."""
+    """`body` as a File, with the content type for `suffix`."""
     return File(body, CONTENT_TYPES[suffix], hashlib.sha256(body).hexdigest()[:32])
 
 

@@ -1,4 +1,4 @@
-"""What to say about a path that does not exist: the answer names the nearest one that does."""
+"""UnknownPaths: errors for paths and methods that do not exist; each suggests one that does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_KNOWN_PATHS = 256
 LINES_PER_S, MAX_BURST_LINES = 0.1, 20.0
 API = "/v1"
 _UNSAFE = re.compile(r"[^!-~]")
-# What other servers call it: Ollama, llama.cpp, TGI, FastAPI, Kubernetes.
+# Paths of Ollama, llama.cpp, TGI, FastAPI and Kubernetes -> the path that does the same here.
 ELSEWHERE = {
     "/api/chat": "/v1/chat/completions", "/api/generate": "/v1/completions",
     "/api/tags": "/v1/models", "/api/show": "/v1/models", "/api/version": "/version",
@@ -35,9 +35,9 @@ ASKED_BY_BROWSERS = ("/favicon.ico", "/robots.txt")
 
 
 class UnknownPaths:
-    """The errors about paths and verbs of one server, and a log line for each path.
+    """Makes these errors for one server, and logs each unknown path once.
 
-    routes  (method, path) of those that exist, without patterns.
+    routes  (method, path) of the routes that exist and are not patterns.
     """
 
     def __init__(self, routes: Iterable[tuple[str, str]], *, root_path: str) -> None:
@@ -50,7 +50,7 @@ class UnknownPaths:
         self._hint = functools.lru_cache(maxsize=MAX_KNOWN_PATHS)(self._find_hint)
 
     def not_found(self, request: web.Request) -> NotFoundError:
-        """The error for a path that no route has."""
+        """The error for a path that does not exist; logs it."""
         path = shown_path(request)
         error = NotFoundError(
             f"there is no {request.method[:20]} {path} here: {self._hint(request.method, path)}"
@@ -59,7 +59,7 @@ class UnknownPaths:
         return error
 
     def wrong_method(self, request: web.Request, allowed: Iterable[str]) -> MethodNotAllowedError:
-        """The error for a verb that the route does not have."""
+        """The error for a method that the path does not support; `allowed` are those it does."""
         verbs = " or ".join(sorted(allowed))
         return MethodNotAllowedError(
             f"{request.method[:20]} is not allowed on {shown_path(request)}: use {verbs}"
@@ -81,7 +81,7 @@ class UnknownPaths:
         return f"use {self._use(method, prefix, near)}"
 
     def _nearest(self, plain: str) -> str | None:
-        # With more before it: /v1/v1/models, /openai/deployments/x/chat/completions.
+        # A known path may have too much in front: /v1/v1/models, /openai/deployments/x/models.
         tails = {path.removeprefix(API): path for path in self._methods if path != "/"}
         inside = [tail for tail in tails if plain.endswith(tail)]
         if inside:
@@ -94,7 +94,10 @@ class UnknownPaths:
         return f"{method if method in methods else methods[0]} {prefix}{path}"
 
     def _log(self, method: str, path: str, message: str) -> None:
-        """Each path once: a scanner tries thousands, and a client the same one for ever."""
+        """Log a path once, and few paths per minute.
+
+        A scanner tries thousands of paths, and a client may try the same one for ever.
+        """
         if path in ASKED_BY_BROWSERS:
             return
         key = (method, path)
@@ -111,6 +114,6 @@ class UnknownPaths:
 
 
 def shown_path(request: web.Request) -> str:
-    """The path of a request as it was sent, without its query, short and printable."""
+    """The path of a request as it was sent, without its query, shortened and made printable."""
     path = _UNSAFE.sub("?", request.rel_url.raw_path)
     return path if len(path) <= MAX_PATH_CHARS else f"{path[:MAX_PATH_CHARS]}..."
