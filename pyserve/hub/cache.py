@@ -1,10 +1,10 @@
-"""One repository in the hub's cache folder, in huggingface_hub's layout, so that tools share it.
+"""RepoCache: one repository in the hub's cache folder, in the layout of huggingface_hub.
 
-    models--owner--name/blobs/ETAG          contents
-                        snapshots/COMMIT/   links to them, by the names in the repository
+    models--owner--name/blobs/ETAG          contents of files
+                        snapshots/COMMIT/   links to blobs, under the file names of the repository
                         refs/REVISION       the commit that a branch or tag was last seen at
-                        .pyserve/COMMIT.KIND  our note of what was fetched, once all is there
-    .locks/models--owner--name/         locks; for a moment, the headers of weights to be fetched
+                        .pyserve/COMMIT.KIND  our note that all files of a Kind have been fetched
+    .locks/models--owner--name/         locks, and during a download the headers of its weights
 
 Layout: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 """
@@ -26,7 +26,10 @@ from pyserve.hub.download import DATA_SUFFIX, JOURNAL_SUFFIX
 
 
 class RepoCache:
-    """Paths of one repository below the cache folder `root`, and what is whole there."""
+    """The paths of one repository below the cache folder `root`, and which files are complete.
+
+    `kind` is a files.Kind: which files of a repository are wanted.
+    """
 
     def __init__(self, root: Path, repo: str) -> None:
         self.root = root
@@ -35,7 +38,7 @@ class RepoCache:
         self.locks = root / ".locks" / name
 
     def commit_of(self, revision: str) -> str | None:
-        """The commit of a revision as it was last seen; None where it was not."""
+        """The commit that a revision was last seen at; None where it was never seen."""
         if COMMIT.fullmatch(revision):
             return revision
         try:
@@ -51,7 +54,7 @@ class RepoCache:
         return self._folder / "blobs" / etag
 
     def is_whole(self, commit: str, kind: str) -> bool:
-        """True where all that was noted as fetched is still there, of the right size."""
+        """Whether `note_whole` was called, and all files are still there with the right size."""
         path = self._note(commit, kind)
         try:
             sizes = msgspec.json.decode(path.read_bytes(), type=dict[str, int])
@@ -61,24 +64,24 @@ class RepoCache:
         return all(_size(snapshot / name) == size for name, size in sizes.items())
 
     def note_whole(self, revision: str, commit: str, kind: str, files: list[RemoteFile]) -> None:
-        """From now on no call to the hub is needed for this revision."""
+        """Note that all `files` are complete, so that later starts need not call the hub."""
         path = self._note(commit, kind)
         try:
             self._set_ref(revision, commit)
             path.parent.mkdir(parents=True, exist_ok=True)
             _replace_text(path, msgspec.json.encode({file.name: file.size for file in files}))
-        except OSError as error:  # a read-only cache works too, but the hub is asked at each start
+        except OSError as error:  # with a read-only cache every start calls the hub
             log.get_logger().debug("no note in the cache: %s", error.strerror)
 
     def has(self, commit: str, file: RemoteFile) -> bool:
-        """True where the file is in the snapshot, whoever fetched it."""
+        """Whether the file is in the snapshot, no matter which tool fetched it."""
         return _size(self.snapshot(commit) / file.name) == file.size
 
     def has_blob(self, file: RemoteFile) -> bool:
         return _size(self.blob(file.etag)) == file.size
 
     def link(self, commit: str, file: RemoteFile) -> None:
-        """Make a blob appear in the snapshot, where it does not yet."""
+        """Link the file's blob into the snapshot, unless the file is there already."""
         if self.has(commit, file):
             return
         path, blob = self.snapshot(commit) / file.name, self.blob(file.etag)
@@ -90,7 +93,7 @@ class RepoCache:
             os.replace(blob, path)
 
     def drop_partials(self, keep: set[str]) -> None:
-        """Remove what earlier downloads have begun and nobody wants any more."""
+        """Remove the partial files of earlier downloads, except those of the ETags in `keep`."""
         for suffix in (DATA_SUFFIX, JOURNAL_SUFFIX):
             for path in self.blob("x").parent.glob(f"*{suffix}"):
                 if path.name.removesuffix(suffix) not in keep:
@@ -98,7 +101,10 @@ class RepoCache:
 
     @contextmanager
     def locked(self, named: str) -> Iterator[None]:
-        """One process at a time fetches a repository; the lock dies with its owner."""
+        """A lock, so that only one process at a time fetches the repository. Waits for it.
+
+        named  how log lines call the model.
+        """
         self.locks.mkdir(parents=True, exist_ok=True)
         with (self.locks / "pyserve.lock").open("w") as file:
             try:
@@ -111,7 +117,7 @@ class RepoCache:
             yield
 
     def _set_ref(self, revision: str, commit: str) -> None:
-        """Remember which commit a branch or tag stands for."""
+        """Store the commit that a branch or tag points to."""
         if revision == commit or self.commit_of(revision) == commit:
             return
         path = self._folder / "refs" / revision
@@ -136,5 +142,5 @@ def _replace_text(path: Path, text: bytes) -> None:
         temporary.write_bytes(text)
         os.replace(temporary, path)
     except OSError:
-        temporary.unlink(missing_ok=True)  # a full disk leaves no half-written file
+        temporary.unlink(missing_ok=True)  # such as a partial file on a full disk
         raise

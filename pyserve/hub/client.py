@@ -1,9 +1,9 @@
-"""The hub's HTTP API: what a repository holds at one commit, and ranges of its files.
+"""HubClient: lists the files of a repository on the hub at one commit, and reads ranges of them.
 
-Own requests, because huggingface_hub (2.4) starts a file from zero after a kill, gives up where a
-connection stalls, and brings another HTTP library in each of its major versions. Its headers,
-endpoint and token are used. What fails for a moment is tried again within bounds; all else is one
-StartupError.
+We do not download with huggingface_hub (2.4), because it starts a file from zero after a kill,
+gives up where a connection stalls, and uses another HTTP library in each major version. Its
+headers, endpoint and token are used. Temporary faults are retried a few times; everything else
+raises one StartupError.
 API: https://huggingface.co/docs/hub/api
 """
 
@@ -23,22 +23,22 @@ from pyserve import log
 from pyserve.errors import ConfigError, StartupError
 from pyserve.hub.proxies import Proxy, settle_proxies
 
-STALL_S = 30.0  # without a byte: the connection is given up
-MAX_FAILURES = 5  # tries in a row that brought no byte
-BACKOFF_S = 1.0  # before the second try; it doubles with each
-MAX_WAIT_S = 300.0  # that the hub may ask for: its limits are counted over five minutes
+STALL_S = 30.0  # a connection that brings no byte for so long is given up
+MAX_FAILURES = 5  # tries in a row that brought no byte, after which the download fails
+BACKOFF_S = 1.0  # wait before the second try; it doubles before each further one
+MAX_WAIT_S = 300.0  # longest wait that the hub may ask for: its rate limits span five minutes
 MAX_LISTING_BYTES = 32 * 2**20
 MAX_FILE_BYTES = 2**50
 READ_BYTES = 2**20
-NUM_QUESTIONS = 8  # requests about single files at once
+NUM_QUESTIONS = 8  # concurrent HEAD requests about single files
 IN_PART, OK = 206, 200
 MOVED = (301, 302, 303, 307, 308)
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git's id of a blob, or the SHA-256 of a large one
-RATE_LIMIT = re.compile(r"\bt=(\d+)")
+ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git's blob id, or the SHA-256 of a large file
+RATE_LIMIT = re.compile(r"\bt=(\d+)")  # seconds until the limit is reset, in a RateLimit header
 
-Write = Callable[[int, bytes], None]  # offset in the file, data
+Write = Callable[[int, bytes], None]  # (offset in the file, data)
 
 
 class UnreachableError(StartupError):
@@ -50,11 +50,11 @@ class RemoteFile(msgspec.Struct, frozen=True):
 
     name: str  # path in the repository
     size: int
-    etag: str  # names the contents: see ETAG
+    etag: str  # checksum of the contents, see ETAG
 
 
 class Listing(msgspec.Struct, frozen=True):
-    """All files of one commit, by name."""
+    """The files of one commit, by name."""
 
     commit: str
     files: dict[str, RemoteFile]
@@ -77,7 +77,10 @@ class _ModelInfo(msgspec.Struct):
 
 
 class _Transient(Exception):
-    """A fault that may be gone at the next try; `wait_s`: how long the hub asked us to wait."""
+    """A fault that may be gone at the next try.
+
+    wait_s  how long the hub asked us to wait, in s; None: it did not.
+    """
 
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
         super().__init__(reason)
@@ -85,11 +88,12 @@ class _Transient(Exception):
 
 
 class HubClient:
-    """One repository at one revision. An async context manager: it holds connections.
+    """Reads one repository at one revision. An async context manager, which holds connections.
 
-    named      how messages call the model: the flag and its value.
-    headers    of huggingface_hub: who asks, and the token; the token goes to the hub alone, not to
-               where it redirects.
+    named     how messages call the model: the flag and its value.
+    endpoint  URL of the hub or of a mirror.
+    headers   User-Agent and, where there is a token, Authorization. The token is sent only to the
+              endpoint's host, and not to hosts that it redirects to.
     """
 
     def __init__(
@@ -101,9 +105,9 @@ class HubClient:
         self._endpoint = endpoint.rstrip("/")
         self._headers = {**headers, "Accept-Encoding": "identity"}
         self._has_token = any(name.lower() == "authorization" for name in headers)
-        self._locations: dict[str, URL] = {}  # file -> where the hub has redirected to
-        self._resume_s = 0.0  # no request before
-        self._proxy: Proxy | None = None  # towards the hub
+        self._locations: dict[str, URL] = {}  # file name -> URL that the hub redirected to
+        self._resume_s = 0.0  # monotonic time before which no request may be sent
+        self._proxy: Proxy | None = None  # proxy that requests to the hub go through
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> HubClient:
@@ -117,10 +121,10 @@ class HubClient:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=STALL_S, sock_read=STALL_S),
-            trust_env=True,  # the proxies that are settled
+            trust_env=True,  # uses the proxies that settle_proxies has put into the environment
             auto_decompress=False,
             read_bufsize=READ_BYTES,
-            requote_redirect_url=False,  # a signed address is right only as it was sent
+            requote_redirect_url=False,  # a signed URL is valid only exactly as it was sent
         )
         return self
 
@@ -129,10 +133,11 @@ class HubClient:
         await self._session.close()
 
     async def listing(self, is_wanted: Callable[[str], bool]) -> Listing:
-        """All files, by one request. Raises StartupError: no such model, no token, no hub.
+        """The files of the commit, by one request.
 
-        Where a mirror lists names only, each file whose name `is_wanted` is asked for by itself,
-        and the others are left out.
+        Some mirrors list names without sizes and checksums. Then one more request is sent for each
+        file whose name `is_wanted`, and the other files are left out. Raises StartupError, such as
+        where there is no such model, the token does not open it, or the hub cannot be reached.
         """
         url = f"{self._endpoint}/api/models/{self._repo}/revision/{quote(self._revision, safe='')}"
         failures = 0
@@ -160,7 +165,7 @@ class HubClient:
         return Listing(info.sha, files | {file.name: file for file in asked})
 
     async def _describe(self, name: str, commit: str, streams: asyncio.Semaphore) -> RemoteFile:
-        """Size and checksum of a file that is listed by its name alone."""
+        """Request the size and checksum of a file that was listed with its name only."""
         failures = 0
         while True:
             try:
@@ -180,7 +185,7 @@ class HubClient:
         return file
 
     async def read(self, file: RemoteFile, start: int, end: int, *, commit: str) -> bytes:
-        """The bytes [start, end) of a file, which must be few."""
+        """The bytes [start, end) of a file, which are kept in memory. Raises StartupError."""
         pieces: list[bytes] = []
         await self.fetch(file, start, end, commit=commit, write=lambda _, data: pieces.append(data))
         return b"".join(pieces)
@@ -188,7 +193,10 @@ class HubClient:
     async def fetch(
         self, file: RemoteFile, start: int, end: int, *, commit: str, write: Write
     ) -> None:
-        """`write` the bytes [start, end) of a file in order. Raises StartupError."""
+        """Fetch the bytes [start, end) of a file and pass them to `write` in order.
+
+        Raises StartupError, and what `write` raises.
+        """
         done, failures = start, 0
         while done < end:
             began = done
@@ -210,7 +218,7 @@ class HubClient:
     async def _request(
         self, file: RemoteFile, start: int, end: int, commit: str
     ) -> aiohttp.ClientResponse:
-        # A whole file needs no range, which not every proxy knows.
+        # A whole file is requested without a Range header, which not every proxy supports.
         is_whole = start == 0 and end == file.size
         headers = {} if is_whole else {"Range": f"bytes={start}-{end - 1}"}
         known = self._locations.get(file.name)
@@ -226,7 +234,7 @@ class HubClient:
         return URL(url, encoded=True)
 
     async def _head(self, name: str, commit: str) -> aiohttp.ClientResponse:
-        """The hub's own answer about a file, not that of where it redirects."""
+        """HEAD of a file at the hub itself, without following a redirect."""
         assert self._session is not None
         await asyncio.sleep(max(0.0, self._resume_s - time.monotonic()))
         return await self._session.head(
@@ -234,7 +242,7 @@ class HubClient:
         )
 
     async def _get(self, url: URL, headers: dict[str, str]) -> aiohttp.ClientResponse:
-        """GET without the token where `url` is on another host, as aiohttp does at a redirect."""
+        """GET `url`, without the token if it is on another host, as aiohttp does for redirects."""
         assert self._session is not None
         await asyncio.sleep(max(0.0, self._resume_s - time.monotonic()))
         own = self._headers
@@ -278,7 +286,10 @@ class HubClient:
     def _check_length(
         self, response: aiohttp.ClientResponse, file: RemoteFile, start: int, end: int
     ) -> None:
-        """Refuse an answer that is not the range asked for, of a file of the listed size."""
+        """Check that the response is the requested range of a file of the listed size.
+
+        Raises StartupError where the server does not support ranges, else _Transient.
+        """
         if response.status == IN_PART:
             sent = response.headers.get("Content-Range", "")
             wanted = f"bytes {start}-{end - 1}/{file.size}"
@@ -303,7 +314,9 @@ class HubClient:
         return info
 
     async def _pause(self, what: str, error: Exception, failures: int) -> None:
-        """Wait before the next try. Raises UnreachableError after the last one."""
+        """Wait before the next try. Raises UnreachableError if `error` is final or `failures` is
+        MAX_FAILURES.
+        """
         reason = _describe(error)
         if isinstance(error, aiohttp.ClientProxyConnectionError) and self._proxy is not None:
             reason = f"the proxy {self._proxy.address} ({self._proxy.variable}) cannot be reached"
@@ -318,7 +331,7 @@ class HubClient:
                 f"{self._named}: the hub at {self._endpoint} fails on {what}: {reason}{tries}{asks}"
             ) from error
         was_waiting = self._resume_s > time.monotonic()
-        if wait_s is not None:  # asked of all streams
+        if wait_s is not None:  # the hub asked for it, so all streams wait
             self._resume_s = max(self._resume_s, time.monotonic() + wait_s)
         else:
             wait_s = BACKOFF_S * 2 ** (failures - 1)
@@ -331,13 +344,13 @@ class HubClient:
 
 
 def _listed(item: _Sibling) -> RemoteFile | None:
-    """A file as the hub lists it; None where size or checksum are missing or impossible."""
+    """A file from the hub's listing; None where size or checksum are missing or invalid."""
     etag = item.lfs.sha256 if item.lfs is not None else item.blobId
     return _remote_file(item.rfilename, item.size, etag)
 
 
 def _described(name: str, headers: Mapping[str, str]) -> RemoteFile | None:
-    """A file as the answer to HEAD describes it; None likewise."""
+    """A file from the headers of a HEAD response; None where size or checksum are invalid."""
     size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
     etag = headers.get("X-Linked-Etag") or headers.get("ETag") or ""
     return _remote_file(
@@ -360,7 +373,7 @@ def _reason(status: int) -> str:
 
 
 def _asked_wait_s(headers: Mapping[str, str]) -> float | None:
-    """Seconds the hub asks to wait: Retry-After, or the older of its two headers."""
+    """Seconds that the hub asks to wait, from Retry-After or RateLimit; None where it does not."""
     text = headers.get("Retry-After", "").strip()
     if text.isdecimal() and len(text) < 10:
         return float(text)

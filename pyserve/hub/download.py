@@ -1,8 +1,9 @@
-"""Files of a repository to disk: ranges side by side, a journal of each, checksums at the end.
+"""Download: fetches files of a repository in parallel parts, and verifies their checksums.
 
-A file grows beside its blob under a name of ours, at its full length from the start; a journal says
-how much of each part is there, so that after kill -9 the next start goes on at the byte. A blob
-appears only whole, under its name, and with the right checksum.
+While it is fetched, a file lies beside its future blob under a name of our own, with its full
+length from the start. A journal records how many bytes of each part are there, so that even after
+kill -9 the next start continues at the exact byte. A blob gets its name only when it is complete
+and its checksum is right.
 """
 
 from __future__ import annotations
@@ -23,16 +24,19 @@ PART_BYTES = 64 * 2**20
 NUM_STREAMS = 8
 REPORT_S = 0.25
 DATA_SUFFIX, JOURNAL_SUFFIX = ".pyserve-data", ".pyserve-journal"
-HEAD = struct.Struct("<QQ")  # of a journal: bytes of the file, of a part
-COUNT = struct.Struct("<Q")  # then for each part the bytes of it that are there
+HEAD = struct.Struct("<QQ")  # head of a journal: size of the file, and of a part, in bytes
+COUNT = struct.Struct("<Q")  # then for each part: how many bytes of it are there
 HASH_BYTES = 8 * 2**20
 GIT_BLOB_CHARS = 40
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
 class PartialFile:
-    """A blob on its way. Open files only between the first write and `finish`."""
+    """A blob that is being fetched. Its files are open from the first write until `finish`.
+
+    done  for each part, how many of its bytes are there.
+    """
 
     def __init__(self, blob: Path, file: RemoteFile) -> None:
         self.file = file
@@ -51,12 +55,12 @@ class PartialFile:
         return self.file.size - sum(self.done)
 
     def part(self, index: int) -> tuple[int, int]:
-        """Where the part's missing bytes begin, and where it ends."""
+        """The offset of a part's first missing byte, and of the end of the part."""
         start = index * PART_BYTES
         return start + self.done[index], min(start + PART_BYTES, self.file.size)
 
     def write(self, index: int, offset: int, data: bytes) -> None:
-        """Write the next bytes of a part, and after them the journal's note of them."""
+        """Write the next bytes of part `index` at `offset`, then count them in the journal."""
         if self._data_fd < 0:
             self._open()
         view = memoryview(data)
@@ -68,12 +72,16 @@ class PartialFile:
         os.pwrite(self._journal_fd, word, HEAD.size + COUNT.size * index)
 
     def finish(self) -> bool:
-        """Give the blob its name; False where the checksum is wrong, then nothing is left."""
+        """Verify the checksum and give the blob its name.
+
+        Returns False where the checksum is wrong; then the data is deleted.
+        """
         if self._data_fd < 0:
             self._open()
         is_sound = _digest(self._data_fd, self.file) == self.file.etag
         if is_sound:
-            # Before it gets its name: else a power cut may leave zeros of the right size under it.
+            # Sync before the blob gets its name: else a power cut could leave zeros of the right
+            # size under that name.
             os.fdatasync(self._data_fd)
         self.close()
         if is_sound:
@@ -101,7 +109,7 @@ class PartialFile:
         os.pwrite(self._journal_fd, HEAD.pack(self.file.size, PART_BYTES) + words, 0)
 
     def _read_journal(self) -> list[int] | None:
-        """What an earlier run left; None where nothing is there, or parts of another size."""
+        """The `done` of an earlier run; None where there is none, or its sizes are different."""
         try:
             text = self._journal_path.read_bytes()
             if self._data_path.stat().st_size != self.file.size:
@@ -119,7 +127,12 @@ class PartialFile:
 
 
 class Download:
-    """Fetches files; `progress` gets the bytes fetched, and the bytes missing at the start."""
+    """Fetches files of one commit into the cache.
+
+    named     how messages call the model.
+    progress  called with the bytes fetched so far, and the bytes to fetch in all.
+    done      bytes fetched so far.
+    """
 
     def __init__(self, client: HubClient, *, named: str, commit: str, progress: Progress) -> None:
         self._client = client
@@ -127,18 +140,18 @@ class Download:
         self._commit = commit
         self._progress = progress
         self._total = 0
-        self.done = 0  # bytes fetched
+        self.done = 0
         self._queue: deque[tuple[PartialFile, int]] = deque()
-        self._was_damaged: set[str] = set()
-        self._finishing: set[asyncio.Future[bool]] = set()  # on threads, which nothing can cancel
+        self._was_damaged: set[str] = set()  # names of files that have failed their checksum once
+        self._finishing: set[asyncio.Future[bool]] = set()  # on threads, so not to be cancelled
 
     def expect(self, num_bytes: int) -> None:
-        """How many bytes will be fetched in all, those of earlier runs included."""
+        """Set how many bytes are to be fetched in all, with those that `run` has fetched before."""
         self._total = num_bytes
         self._progress(self.done, self._total)
 
     async def run(self, partials: Iterable[PartialFile]) -> None:
-        """Fetch until all of them are blobs. Raises StartupError, and OSError of the disk."""
+        """Fetch until all `partials` are blobs. Raises StartupError, and OSError of the disk."""
         partials = list(partials)
         for partial in partials:
             self._add(partial)
@@ -156,7 +169,7 @@ class Download:
 
     def _add(self, partial: PartialFile) -> None:
         parts = [index for index in range(partial.num_parts) if not _is_whole(partial, index)]
-        # A file whose bytes are all there waits for its checksum.
+        # Index -1 stands for a file whose bytes are all there and only need to be verified.
         self._queue.extend((partial, index) for index in parts or [-1])
 
     async def _work(self) -> None:
@@ -198,7 +211,7 @@ class Download:
 
 
 def size_text(num_bytes: float) -> str:
-    """Bytes as people read them: 1.2 GB, 340 MB."""
+    """A number of bytes for people to read, such as "1.20 GB" or "340.0 MB"."""
     if num_bytes >= 1e9:
         return f"{num_bytes / 1e9:.2f} GB"
     return f"{num_bytes / 1e6:.1f} MB"
@@ -210,7 +223,7 @@ def _is_whole(partial: PartialFile, index: int) -> bool:
 
 
 def _digest(fd: int, file: RemoteFile) -> str:
-    """In the hub's terms: git's id of a small file, the SHA-256 of a large one."""
+    """The checksum of the data in the form of its ETag: git's blob id, or SHA-256."""
     digest = hashlib.sha256()
     if len(file.etag) == GIT_BLOB_CHARS:
         digest = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)

@@ -1,5 +1,4 @@
-"""Which files of a model, or of an adapter, the server reads: in a listing of the hub, and in a
-folder."""
+"""Which files of a model or an adapter the server reads, in a hub listing or in a folder."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from pyserve.checkpoint_files import (
 from pyserve.errors import CheckpointError
 from pyserve.hub.client import HubClient, Listing, RemoteFile
 
-# What of a repository is wanted: all of a model, its config and tokenizer files, an adapter.
+# Which files of a repository are wanted: all of a model, its files but the weights, or an adapter.
 Kind = Literal["model", "texts", "adapter"]
 ADAPTER_TEXT, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TEXTS = (
@@ -31,15 +30,15 @@ TEXTS = (
 )  # fmt: skip
 MORE_TEMPLATES = re.compile(r"additional_chat_templates/[\w-][\w.-]*\.jinja")
 MODULES = re.compile(r"[0-9]{1,2}_[A-Za-z]{1,40}/config\.json")  # of sentence-transformers
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # each alone makes a tokenizer
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any one of them is enough
 
-FIRST_BYTES = 64 * 1024  # most headers are shorter
-MAX_HEADERS_BYTES = 256 * 2**20  # of all files of a model; 200 shards of a large one have 20 MB
+FIRST_BYTES = 64 * 1024  # read first of each file, as most headers are shorter
+MAX_HEADERS_BYTES = 256 * 2**20  # headers of all files of a model; 200 large shards have 20 MB
 LFS_POINTER, MAX_LFS_POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 
 
 def served_texts(listing: Listing, kind: Kind) -> list[RemoteFile]:
-    """The files that the server reads beside the weights."""
+    """The files that the server reads, except for the weights."""
     if kind == "adapter":
         return [file for name, file in listing.files.items() if name == ADAPTER_TEXT]
     patterns = (*TEXTS, INDEX_FILE) if kind == "model" else TEXTS
@@ -47,7 +46,7 @@ def served_texts(listing: Listing, kind: Kind) -> list[RemoteFile]:
 
 
 def describing_texts(listing: Listing) -> list[RemoteFile]:
-    """Those of them that say, beside the headers of the weights, what a model is."""
+    """The files that, with the headers of the weights, describe a model's architecture."""
     names = ("config.json", "modules.json", INDEX_FILE)
     return [
         file for name, file in listing.files.items() if name in names or MODULES.fullmatch(name)
@@ -65,7 +64,10 @@ def _is_among(name: str, patterns: Iterable[str]) -> bool:
 
 
 def refuse_lfs_pointers(folder: Path, *, named: str) -> None:
-    """Raises CheckpointError where git has put stand-ins in the place of large files."""
+    """Raise CheckpointError where a file of `folder` is a git-lfs pointer instead of the file.
+
+    named  how the message calls the model.
+    """
     for path in sorted(folder.iterdir()):
         if not may_be_served(path.name) or not path.is_file():
             continue
@@ -79,6 +81,7 @@ def refuse_lfs_pointers(folder: Path, *, named: str) -> None:
 
 
 def looks_whole(snapshot: Path, kind: Kind) -> bool:
+    """Whether all files that a start needs exist in a folder; their contents are not checked."""
     if kind == "adapter":
         return all((snapshot / name).is_file() for name in (ADAPTER_TEXT, ADAPTER_WEIGHTS))
     if not any((snapshot / name).is_file() for name in TOKENIZERS):
@@ -97,7 +100,7 @@ def looks_whole(snapshot: Path, kind: Kind) -> bool:
 
 
 def likely_weights(listing: Listing, kind: Kind) -> list[RemoteFile]:
-    """What the index will probably name, before it is fetched."""
+    """The weights that the index will probably name, as a guess before the index is fetched."""
     if kind == "texts":
         return []
     if kind == "adapter":
@@ -114,7 +117,10 @@ def likely_weights(listing: Listing, kind: Kind) -> list[RemoteFile]:
 def served_weights(
     listing: Listing, folder: Path, *, named: str, kind: Kind = "model"
 ) -> list[RemoteFile]:
-    """The safetensors files the loader will read; the index lies in `folder`."""
+    """The safetensors files that the loader will read; the index, if any, is in `folder`.
+
+    Raises CheckpointError where there are none.
+    """
     if kind == "texts":
         return []
     others = {Path(name).suffix for name in listing.files} & {".bin", ".pth", ".pt", ".gguf"}
@@ -145,9 +151,9 @@ def _indexed_files(path: Path) -> list[str]:
 async def write_headers(
     client: HubClient, weights: list[RemoteFile], commit: str, folder: Path, *, named: str
 ) -> None:
-    """Safetensors files of the right length that hold their headers alone.
+    """Write into `folder` sparse copies of `weights`, which contain only the safetensors headers.
 
-    Raises CheckpointError where those are more than MAX_HEADERS_BYTES together.
+    Raises CheckpointError where the headers have more than MAX_HEADERS_BYTES together.
     """
     streams = asyncio.Semaphore(8)
     left_bytes = MAX_HEADERS_BYTES
@@ -163,7 +169,7 @@ async def write_headers(
                     f"{named}: the headers of its {len(weights)} safetensors files have more than "
                     f"{MAX_HEADERS_BYTES} bytes"
                 )
-            # A header that is too long is refused where the file is read.
+            # Whatever reads the file will refuse a header that is too long.
             if len(text) < end <= min(LENGTH_BYTES + MAX_HEADER_BYTES, file.size):
                 text += await client.read(file, len(text), end, commit=commit)
         with (folder / file.name).open("wb") as sink:

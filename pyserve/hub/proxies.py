@@ -1,7 +1,7 @@
-"""The proxies of the environment, in the one form that aiohttp reads.
+"""Converts the proxy variables of the environment to the one form that aiohttp reads.
 
-It takes http://host:port from http_proxy and https_proxy and nothing else; curl and requests, whose
-settings a machine has, take host:port and ALL_PROXY too.
+aiohttp reads only http://host:port, from http_proxy and https_proxy. Machines are set up for curl
+and requests, which also accept host:port without a scheme, and ALL_PROXY.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ SCHEMES = ("http", "https")
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """Where requests go: `variable` names it, `address` is host:port, without a password."""
+    """A proxy: the environment variable that names it, and its host:port without a password."""
 
     variable: str
     address: str
 
 
 def settle_proxies(endpoint: URL) -> Proxy | None:
-    """Rewrite http_proxy and https_proxy so that aiohttp finds what they, or ALL_PROXY, name.
+    """Set http_proxy and https_proxy to what they or ALL_PROXY name, in the form aiohttp reads.
 
-    Returns the proxy towards `endpoint`. Raises ConfigError where that one cannot be used.
+    Returns the proxy for requests to `endpoint`, None where there is none. Raises ConfigError
+    where that one cannot be used.
     """
     towards: Proxy | None = None
     for scheme in SCHEMES:
@@ -48,8 +49,9 @@ def settle_proxies(endpoint: URL) -> Proxy | None:
 
 
 def _variable(scheme: str) -> str | None:
-    """The variable that counts for URLs of a scheme, in the order in which curl asks; an empty one
-    says that there is no proxy.
+    """The variable that names the proxy for URLs of `scheme`, in curl's order of precedence.
+
+    None where there is no proxy; a variable that is set but empty means that, too.
     """
     names = (f"{scheme}_proxy", f"{scheme}_proxy".upper(), "all_proxy", "ALL_PROXY")
     found = next((name for name in names if name in os.environ), None)
@@ -57,7 +59,7 @@ def _variable(scheme: str) -> str | None:
 
 
 def _url(variable: str, text: str) -> URL | ConfigError:
-    """The proxy's address; the error never shows it whole: it may hold a password."""
+    """Parse `text`, the value of `variable`. Errors do not show it, as it may hold a password."""
     if "://" not in text:
         text = f"http://{text}"
     try:

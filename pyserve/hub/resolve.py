@@ -1,8 +1,10 @@
-"""From a model's name to a local folder: a folder as it is, anything else from the hub.
+"""Resolves the name of a model or an adapter to a local folder, downloading it if needed.
 
-Only what is served is fetched, all of one commit: config, tokenizer and safetensors files; no code,
-no pickles, no second format. What is whole in the cache is served without a call to the hub; a
-branch then stays at the commit it was fetched at, until the cache's ref moves on. Imports no torch.
+A name of a folder is used as it is; any other is a repository of the hub. Only files that the
+server reads are fetched, all of one commit: config, tokenizer and safetensors files, but no code,
+no pickles and no second format. A model that is complete in the cache is served without a call to
+the hub; so a branch stays at the commit that was fetched, until another tool updates the cache's
+ref. Imports no torch.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ REVISION = re.compile(r"(?!.*\.\.)[\w][\w./+-]{0,199}")
 TOKEN = re.compile(r"[!-~]{1,4096}")
 
 
-MAX_TEXTS_BYTES = 512 * 2**20  # all of a model's together
+MAX_TEXTS_BYTES = 512 * 2**20  # all files of a model together, except for the weights
 DISK_MARGIN_BYTES = 256 * 2**20  # left for logs, compiled products and the file system itself
 
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -59,8 +61,8 @@ class _Wanted:
 
     repo: str
     revision: str
-    named: str  # how messages call it
-    token: str | bool | None  # True: the one that `hf auth login` has kept must be there
+    named: str  # how messages call it: the flag and its value
+    token: str | bool | None  # True: there must be one that `hf auth login` has stored
     cache: RepoCache
     kind: Kind
 
@@ -95,16 +97,17 @@ def resolve_model(
     progress: Progress = lambda done, total: None,
     check: Check = lambda folder: None,
 ) -> Path:
-    """The folder of a model: `name` is a folder, or a repository of the hub, "owner/model".
+    """The local folder of a model. `name` is a folder, or a repository of the hub, "owner/model".
 
-    A repository is fetched into `download_dir`, or into the hub's own cache; what is there already
-    is not fetched again.
-    has_weights   false: config and tokenizer files alone.
-    token          True: the one that `hf auth login` has kept; None: that one too, where it is.
-    progress       bytes fetched, and of how many, on this thread.
-    check          called before the first byte of weights is fetched, with a folder that holds
-                   config.json and safetensors files of the right length without their data; what
-                   it raises ends the download.
+    A repository is fetched into `download_dir`, or into the hub's own cache where that is None.
+    Files that are there already are not fetched again.
+
+    token        True: the one that `hf auth login` has stored; None: likewise, if there is one.
+    has_weights  False: fetch only the config and tokenizer files.
+    progress     called on this thread with the bytes fetched so far, and the bytes in all.
+    check        called before any weights are fetched, with a folder that holds config.json and
+                 safetensors files with headers but no data. What it raises ends the download.
+
     Raises StartupError that names `flag`.
     """
     folder = _local_folder(name, revision, flag)
@@ -119,8 +122,9 @@ def resolve_adapter(
     name: str, *, flag: str, token: str | bool | None, download_dir: Path | None,
     progress: Progress = lambda done, total: None,
 ) -> Path:  # fmt: skip
-    """The folder of an adapter, found and fetched as resolve_model does: its config and its
-    safetensors file, whatever else the repository has. Raises StartupError that names `flag`.
+    """The local folder of an adapter, which is found and fetched as by resolve_model.
+
+    Only its config and its safetensors file are fetched. Raises StartupError that names `flag`.
     """
     folder = _local_folder(name, None, flag)
     if folder is not None:
@@ -130,7 +134,7 @@ def resolve_adapter(
 
 
 def _resolve(wanted: _Wanted, progress: Progress, check: Check) -> Path:
-    """The folder in the cache, with all that is wanted in it."""
+    """The snapshot folder in the cache, after fetching all wanted files that are missing."""
     snapshot = _without_a_call(wanted)
     if snapshot is not None:
         return snapshot
@@ -139,7 +143,7 @@ def _resolve(wanted: _Wanted, progress: Progress, check: Check) -> Path:
         listing = asyncio.run(_list(wanted))
         snapshot = _all_there(wanted, listing)
         if snapshot is None:
-            # Only now is it known that something will be written.
+            # Lock only now that something will be written: the cache may be read-only.
             with wanted.cache.locked(wanted.named):
                 snapshot = _cached(wanted) or asyncio.run(_fetch(wanted, listing, progress, check))
         return snapshot
@@ -157,11 +161,10 @@ def _resolve(wanted: _Wanted, progress: Progress, check: Check) -> Path:
 def model_headers(
     name: str, *, revision: str | None, token: str | bool | None, download_dir: Path | None
 ) -> Iterator[Path]:
-    """A folder with what describes a model: its own folder where it is on this machine.
+    """A folder with the files that describe a model.
 
-    Else a temporary one, with config.json and safetensors files of the right length without data.
-
-    Raises StartupError that names --model.
+    That is the model's own folder if it is on this machine, else a temporary one with config.json
+    and safetensors files that have headers but no data. Raises StartupError that names --model.
     """
     flag = "--model"
     folder = _local_folder(name, revision, flag)
@@ -204,7 +207,10 @@ async def _fetch_headers(wanted: _Wanted, folder: Path) -> None:
 
 
 def _without_a_call(wanted: _Wanted) -> Path | None:
-    """The folder from the cache; None where it is not whole there and the hub may be asked."""
+    """The folder in the cache, if no call to the hub is needed or allowed; else None.
+
+    Raises StartupError where the hub may not be called and the cache is not enough.
+    """
     snapshot = _cached(wanted)
     if snapshot is None and constants.HF_HUB_OFFLINE:
         return _without_the_hub(wanted, "HF_HUB_OFFLINE is set")
@@ -212,6 +218,7 @@ def _without_a_call(wanted: _Wanted) -> Path | None:
 
 
 def _local_folder(name: str, revision: str | None, flag: str) -> Path | None:
+    """`name` as a folder; None where it is a repository name. Raises StartupError otherwise."""
     named = f"{flag} {name}"
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):
@@ -247,11 +254,11 @@ def _wanted(
 
 
 def _cached(wanted: _Wanted) -> Path | None:
-    """The folder of what an earlier start has fetched whole; None where it has not."""
+    """The folder that an earlier start has fetched completely; None where there is none."""
     commit = wanted.cache.commit_of(wanted.revision)
     if commit is None:
         return None
-    # Texts are fetched before weights: a commit whose weights are here has its texts.
+    # A complete "model" includes all files of "texts".
     kinds = {wanted.kind} | ({"model"} if wanted.kind == "texts" else set())
     if not any(wanted.cache.is_whole(commit, kind) for kind in kinds):
         return None
@@ -270,9 +277,9 @@ async def _list(wanted: _Wanted) -> Listing:
 
 
 def _all_there(wanted: _Wanted, listing: Listing) -> Path | None:
-    """The folder where an earlier start or another tool has fetched all of a commit; else None.
+    """The folder, if all wanted files of the listed commit are in the cache already; else None.
 
-    Nothing has to be written for that: the cache may be read-only.
+    Another tool may have fetched them. This works in a read-only cache, too.
     """
     cache, commit = wanted.cache, listing.commit
     texts = served_texts(listing, wanted.kind)
@@ -287,7 +294,10 @@ def _all_there(wanted: _Wanted, listing: Listing) -> Path | None:
 
 
 def _without_the_hub(wanted: _Wanted, reason: str) -> Path:
-    """What another tool may have fetched. Raises StartupError where it is not enough."""
+    """The folder in the cache as it is, with a warning that gives `reason`.
+
+    Raises StartupError where it lacks files that a start needs.
+    """
     snapshot = _served_as_it_is(wanted)
     if snapshot is not None:
         log.get_logger().warning(
@@ -301,7 +311,7 @@ def _without_the_hub(wanted: _Wanted, reason: str) -> Path:
 
 
 def _served_as_it_is(wanted: _Wanted) -> Path | None:
-    """The commit that was last seen, where all that a start needs seems to be there."""
+    """The folder of the commit that was last seen, if it seems to have all that a start needs."""
     commit = wanted.cache.commit_of(wanted.revision)
     if commit is None:
         return None
@@ -310,7 +320,7 @@ def _served_as_it_is(wanted: _Wanted) -> Path | None:
 
 
 async def _fetch(wanted: _Wanted, listing: Listing, progress: Progress, check: Check) -> Path:
-    """All that is missing of what the hub lists."""
+    """Fetch all wanted files of the listing that are missing; returns the snapshot folder."""
     cache, commit = wanted.cache, listing.commit
     snapshot = cache.snapshot(commit)
     async with wanted.client() as client:
@@ -364,8 +374,8 @@ async def _fetch_weights(
 async def _check_headers(
     wanted: _Wanted, client: HubClient, weights: list[RemoteFile], *, commit: str, check: Check
 ) -> None:
-    """Let `check` see config.json and the headers before the weights are fetched."""
-    # In the cache, which is known to be writable here; /tmp may be small or read-only.
+    """Call `check` with config.json and the headers of the weights, before these are fetched."""
+    # The temporary folder is in the cache, which is writable here; /tmp may be small or read-only.
     with tempfile.TemporaryDirectory(prefix="pyserve-", dir=wanted.cache.locks) as name:
         folder, snapshot = Path(name), wanted.cache.snapshot(commit)
         for text in (*snapshot.iterdir(), *snapshot.glob("*/config.json")):
@@ -382,7 +392,7 @@ async def _check_headers(
 
 
 def _check_sizes(wanted: _Wanted, texts: list[RemoteFile]) -> None:
-    """Raises CheckpointError where they are too large: they will be read into memory."""
+    """Raise CheckpointError where the files are too large, as they will be read into memory."""
     for file in texts:
         if file.size > MAX_TEXT_BYTES:
             raise CheckpointError(
@@ -397,7 +407,7 @@ def _check_sizes(wanted: _Wanted, texts: list[RemoteFile]) -> None:
 
 
 def _missing(cache: RepoCache, commit: str, files: list[RemoteFile]) -> list[PartialFile]:
-    """What has to be fetched of `files`, contents that occur twice only once."""
+    """The blobs of `files` that have to be fetched; files with equal contents share one."""
     missing = {
         file.etag: file
         for file in files
@@ -407,7 +417,7 @@ def _missing(cache: RepoCache, commit: str, files: list[RemoteFile]) -> list[Par
 
 
 def _check_disk(wanted: _Wanted, num_bytes: int) -> None:
-    """Raises StartupError where the disk has no room for all that will be written."""
+    """Raise StartupError where the disk has no room for `num_bytes` and DISK_MARGIN_BYTES."""
     if not num_bytes:
         return
     folder = wanted.cache.root
