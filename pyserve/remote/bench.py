@@ -1,13 +1,13 @@
-"""`pyserve bench serve`: load on any OpenAI server, with the flags, lines and JSON of vLLM's.
+"""`pyserve bench serve`: load on any OpenAI server, with flags, output and JSON of vLLM's bench.
 
-The load is that of workload.py, from a process of its own. Random prompts are token ids below
---vocab-size (of chats: words, as no client knows the template), so that no tokenizer is needed;
-tokens are counted by the server's usage. Definitions, as vLLM has them:
+workload.py makes the load, in a process of its own. It needs no tokenizer: random prompts are token
+ids below --vocab-size, or words for chats, whose template no client knows; and tokens are counted
+from the server's usage. The metrics are defined as in vLLM:
 
-    TTFT  from the request to the first frame with tokens
+    TTFT  time from the request to the first frame with tokens
     TPOT  (last frame - first frame) / (output tokens - 1), of each request
-    ITL   gaps between frames, which hold several tokens where the server was ahead of its reader
-    E2EL  from the request to the end of its answer
+    ITL   time between frames; a frame holds several tokens where the server was ahead of its reader
+    E2EL  time from the request to the end of its answer
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pyserve.http_client import Endpoint
 from pyserve.remote.server import ServerError, endpoint_of, served_models
 from pyserve.remote.workload import LoadSpec, RequestRecord, run_load, time_per_output_token
 
-BACKENDS = {  # name -> whether it chats
+BACKENDS = {  # name -> whether its requests are chats
     "openai": False, "vllm": False, "openai-chat": True, "pyserve": False,
 }  # fmt: skip
 METRICS = {
@@ -42,8 +42,8 @@ METRICS = {
     "e2el": ("E2EL", "End-to-end Latency"),
 }
 WIDTH = 50
-WARMUP_NUMBER = 2**32  # the first number of requests before the run, which takes others
-# Flags of vLLM's that steer what is not here: a tokenizer, its progress bar.
+WARMUP_NUMBER = 2**32  # warm-up requests are numbered from here, so that they differ from the run's
+# Flags of vLLM's bench that have no meaning here -> whether they take a value.
 IGNORED = {
     "tokenizer": 1, "tokenizer-mode": 1, "trust-remote-code": 0, "skip-tokenizer-init": 0,
     "disable-tqdm": 0, "disable-shuffle": 0,
@@ -51,7 +51,10 @@ IGNORED = {
 
 
 def main(argv: list[str]) -> int:
-    """0: every request was answered; 1: some or all failed; 2: a wrong flag."""
+    """Run the bench; returns the exit code.
+
+    0: every request was answered; 1: some or all failed, or no server answers; 2: a wrong flag.
+    """
     try:
         if argv[:1] != ["serve"]:
             raise ConfigError("pyserve has one bench: pyserve bench serve (see its --help)")
@@ -89,7 +92,11 @@ def main(argv: list[str]) -> int:
 def measure(
     records: list[RequestRecord], goals: dict[str, float], percentiles: list[float]
 ) -> dict[str, Any]:
-    """All figures under the keys that vLLM's JSON has; times in ms, but `duration` in s."""
+    """All figures, under the keys of vLLM's JSON.
+
+    goals  metric -> limit in ms, of --goodput. Keys that end in _ms are in ms; duration, ttfts and
+    itls are in s.
+    """
     records = sorted(records, key=lambda record: record.number)
     good = [record for record in records if record.error is None]
     duration = max(r.ended_s for r in records) - min(r.started_s for r in records)
@@ -135,7 +142,7 @@ def measure(
 def render(
     figures: dict[str, Any], spec: LoadSpec, metrics: list[str], percentiles: list[float]
 ) -> str:
-    """The table that scripts read, line by line under vLLM's labels."""
+    """The table of results, with vLLM's labels, because scripts parse it."""
     rows: list[tuple[str, int | float]] = [
         ("Successful requests:", figures["completed"]),
         ("Failed requests:", figures["failed"]),
@@ -175,8 +182,10 @@ def _row(label: str, value: int | float) -> str:
 
 
 def _most_tokens_a_second(records: list[RequestRecord]) -> float:
-    """Of the whole seconds since the first request; the tokens of a request are taken to be
-    equally many in each of its frames."""
+    """The most output tokens in any one second since the first request.
+
+    The tokens of a request are taken to be spread evenly over its frames.
+    """
     began_s = min((record.started_s for record in records), default=0.0)
     seconds: dict[int, float] = {}
     for record in records:
@@ -211,7 +220,7 @@ def _num_meeting(records: list[RequestRecord], goals: dict[str, float]) -> int:
 
 
 def _save(args: argparse.Namespace, spec: LoadSpec, figures: dict[str, Any]) -> Path:
-    """The JSON of --save-result; where it lies."""
+    """Write the JSON of --save-result; returns its path."""
     now, model = datetime.now(), spec.models[0]
     rate = "inf" if spec.request_rate is None else f"{spec.request_rate:g}"
     detailed = ("input_lens", "output_lens", "ttfts", "itls", "errors")
@@ -251,13 +260,13 @@ def _place(args: argparse.Namespace) -> tuple[str, Endpoint]:
 
 
 def _model(args: argparse.Namespace, models: list[str]) -> str:
-    """What requests name."""
+    """The model name that requests use."""
     name: str = args.served_model_name or args.model or models[0]
     return name
 
 
 def _wait_ready(url: str, endpoint: Endpoint, timeout_s: float) -> list[str]:
-    """Its models, once it answers. Raises ServerError after `timeout_s`."""
+    """Wait until the server answers; returns its models. Raises ServerError after `timeout_s`."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:
@@ -269,7 +278,7 @@ def _wait_ready(url: str, endpoint: Endpoint, timeout_s: float) -> list[str]:
 
 
 def _warm_up(spec: LoadSpec, num_warmups: int) -> None:
-    """One request of the run's shape, and `num_warmups` at once. Raises ServerError."""
+    """Send one request like those of the run, then `num_warmups` at once. Raises ServerError."""
     print("Starting initial single prompt test run...", flush=True)
     for count in filter(None, (1, num_warmups)):
         warmup = msgspec.structs.replace(
@@ -287,7 +296,7 @@ def _rate(spec: LoadSpec) -> float:
 
 
 def _goals(words: list[str] | None) -> dict[str, float]:
-    """Metric -> ms. Raises ConfigError."""
+    """Parse --goodput: metric -> limit in ms. Raises ConfigError."""
     goals = {}
     for word in words or ():
         name, _, text = word.partition(":")
@@ -305,7 +314,7 @@ def _percentiles(text: str) -> list[float]:
 
 
 def _spec(args: argparse.Namespace, url: str) -> LoadSpec:
-    """Raises ConfigError naming the flag at fault."""
+    """The load that the flags describe. Raises ConfigError naming the flag at fault."""
     _check(args)
     is_chat = BACKENDS[args.backend] or args.endpoint.endswith("/chat/completions")
     spread = args.random_range_ratio
@@ -386,7 +395,7 @@ _decode_prompt = msgspec.json.Decoder(_Prompt).decode
 
 
 def _prompts(path: Path | None) -> tuple[str, ...]:
-    """Of a JSONL file with {"prompt": "..."} in each line. Raises ConfigError."""
+    """Read a JSONL file with {"prompt": "..."} in each line. Raises ConfigError."""
     if path is None:
         raise ConfigError("--dataset-name custom needs --dataset-path FILE")
     try:

@@ -1,4 +1,4 @@
-"""What the commands that talk to a running server share: where it is, and whether it answers."""
+"""What the commands that talk to a running server share: its flags, endpoint and model names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONNECT_TIMEOUT_S = 30.0
 
 
 class ServerError(PyserveError):
-    """No server answers, or it answers with an error: one line for the terminal."""
+    """No server answers, or it answers with an error; the message is one line for the terminal."""
 
 
 class _Model(msgspec.Struct):
@@ -28,7 +28,7 @@ class _Models(msgspec.Struct):
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
-    """--url, --model-name and --api-key, as vLLM has them."""
+    """Add --url, --model-name and --api-key, as vLLM has them."""
     parser.add_argument("--url", default=DEFAULT_URL, help=f"of a running server [{DEFAULT_URL}]")
     parser.add_argument("--model-name", metavar="NAME", help="[the first that it serves]")
     parser.add_argument(
@@ -40,10 +40,10 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def endpoint_of(url: str, api_key: str | None) -> Endpoint:
-    """Raises ConfigError."""
+    """The endpoint at `url`. Raises ConfigError where `url` or `api_key` are invalid."""
     try:
         endpoint = Endpoint.parse(url, api_key)
-        endpoint.encode("GET", "/")  # what no header may hold is found out here
+        endpoint.encode("GET", "/")  # fails for characters that a header cannot hold
     except (ValueError, UnicodeEncodeError):
         raise ConfigError(f"--url must be such as {DEFAULT_URL}, got {url[:200]}") from None
     if any(character in (api_key or "") for character in "\r\n\0"):
@@ -52,7 +52,7 @@ def endpoint_of(url: str, api_key: str | None) -> Endpoint:
 
 
 def served_models(url: str, endpoint: Endpoint) -> list[str]:
-    """Their names. Raises ServerError."""
+    """Names of the models that the server lists, at least one. Raises ServerError."""
     reply = asyncio.run(fetch(endpoint, "/v1/models", timeout_s=CONNECT_TIMEOUT_S))
     if reply.status == 0:
         raise ServerError(

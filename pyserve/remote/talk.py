@@ -29,10 +29,10 @@ PROMPT = "> "
 
 
 def main(command: str, argv: list[str]) -> int:
-    """`command` is "chat" or "complete"; returns the exit code.
+    """Run `command`, "chat" or "complete"; returns the exit code.
 
-    0: the end of the input; 1: no server, or an error of it (with --quick); 2: a wrong flag; 130:
-    Ctrl-C while nothing is answered.
+    0: the input has ended, or --quick was answered; 1: no server answers, or with --quick it
+    answered with an error; 2: a wrong flag; 130: Ctrl-C while no answer is being written.
     """
     try:
         parser = _parser(command)
@@ -63,7 +63,7 @@ def main(command: str, argv: list[str]) -> int:
 
 
 class _Talk:
-    """One conversation: a text is asked, its answer is written as it comes."""
+    """A conversation with the server; answers are written to the terminal as they arrive."""
 
     path = ""
 
@@ -74,10 +74,10 @@ class _Talk:
         self._is_thinking = False
 
     def say(self, text: str) -> bool:
-        """Whether it was answered; what went wrong is told on stderr."""
+        """Send `text` and write the answer; returns False, after a line on stderr, for an error."""
         try:
             reply = self._ask(self.body(text))
-        except UnicodeEncodeError:  # bytes of the terminal or of a flag, which Python has escaped
+        except UnicodeEncodeError:  # invalid bytes of the terminal or a flag became surrogates
             print("error: the text is not valid UTF-8", file=sys.stderr)
             return False
         print(flush=True)
@@ -91,14 +91,14 @@ class _Talk:
         return True
 
     def body(self, text: str) -> dict[str, Any]:
-        """The fields of a request beside the model's name and those of a stream."""
+        """The fields of the request that hold `text`."""
         raise NotImplementedError
 
     def heard(self, text: str, answer: str) -> None:
-        """The whole answer to `text`, or as much of it as came."""
+        """Called with the answer to `text`, or with as much of it as arrived."""
 
     def _ask(self, body: dict[str, Any]) -> Reply:
-        """Ctrl-C ends the answer and leaves what has come of it."""
+        """Send a request and write the answer as it arrives; Ctrl-C ends only the answer."""
         body |= {
             "model": self._model, "stream": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
@@ -172,7 +172,7 @@ class _Chat(_Talk):
         return {"messages": [*self._messages, {"role": "user", "content": text}]}
 
     def heard(self, text: str, answer: str) -> None:
-        if answer:  # what was not answered is forgotten: most templates want turns
+        if answer:  # an unanswered text is dropped, as most templates want alternating turns
             self._messages.append({"role": "user", "content": text})
             self._messages.append({"role": "assistant", "content": answer})
 
@@ -191,7 +191,7 @@ def _canceller() -> Any:
 
 
 def _printable(text: str) -> str:
-    """What a model says must not steer the terminal."""
+    """Escape control characters, so that the model's text cannot control the terminal."""
     return log.printable(text)
 
 

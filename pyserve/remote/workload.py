@@ -1,9 +1,9 @@
-"""The load: what is asked, when, and by how many client processes.
+"""run_load: sends a load of requests to a server from one or more client processes.
 
-Requests are numbered; number i is the same request in every process (seeded by (seed, i)), so the
-processes need to share no more than a counter. Closed loop: each slot takes the next number when
-its request has ended. Open loop: number i is sent at its own Poisson arrival, however late the
-server is, and is timed from that arrival.
+Requests are numbered. Number i is the same request in every process (it is seeded by (seed, i)), so
+the processes only need to share a counter. In a closed loop each slot sends the next number when
+its last request has ended. In an open loop number i is sent at its own random arrival time, however
+late the server is, and is timed from that arrival.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from pyserve.http_client import Connection, Endpoint, Reply
 
-# One token each in common vocabularies, after a space.
+# Each of these words, after a space, is one token in common vocabularies.
 WORDS = (
     "time year people way day man thing woman life child world school state family student group "
     "country problem hand part place case week company system program question work government "
@@ -31,14 +31,18 @@ WORDS = (
 class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One load on one server.
 
-    models                 one is drawn per request; none: the field is left out.
-    input_len, output_len  tokens, inclusive range (equal ends: fixed).
-    shared_prefix_len      the first tokens (words) of every prompt, the same for all.
-    prompts                texts that are asked in turn; none: they are made up.
-    request_rate           arrivals a second; None: closed loop at `concurrency`.
+    models                 one is drawn per request; empty: requests name no model.
+    is_chat, is_text       requests are chats, or completions of text; neither: completions of
+                           token ids.
+    input_len, output_len  inclusive ranges of the number of tokens (words in a text).
+    shared_prefix_len      number of tokens (words) at the start of every prompt that all share.
+    vocab_size             random token ids are below it.
+    prompts                texts to send in turn; empty: prompts are random.
+    request_rate           arrivals per second; None: a closed loop of `concurrency` slots.
     burstiness             shape of the gamma distribution of the gaps between arrivals: 1 is a
                            Poisson process, less makes bursts, more an even stream.
-    first_number           the number of the first request: warm-up takes others than the run.
+    first_number           number of the first request, so that warm-up requests can be different.
+    timeout_s              after so many seconds a request fails.
     """
 
     url: str
@@ -64,9 +68,15 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RequestRecord(msgspec.Struct, frozen=True):
-    """What one request has come to. Times are perf_counter seconds, one clock for all processes.
+    """The result of one request. Times are in perf_counter seconds, one clock for all processes.
 
-    gaps  seconds between frames that carry tokens.
+    started_s         when it was sent; in an open loop, when it was due.
+    first_s, last_s   arrival of the first and the last frame with tokens; None: there was none.
+    gaps              seconds between frames with tokens.
+    num_asked_tokens  max_tokens of the request.
+    has_usage         tokens were counted by the server; else by frames.
+    late_s            seconds between when it was due and when it was sent.
+    error             None where it succeeded.
     """
 
     number: int
@@ -85,16 +95,18 @@ class RequestRecord(msgspec.Struct, frozen=True):
 
 
 def time_per_output_token(record: RequestRecord) -> float | None:
-    """(last - first) / (n - 1) seconds; None where one frame held everything."""
+    """(last_s - first_s) / (output tokens - 1), in s; None where one frame held all tokens."""
     if record.first_s is None or record.last_s is None or not record.gaps:
         return None
     return (record.last_s - record.first_s) / (record.num_output_tokens - 1)
 
 
 class WorkerReport(msgspec.Struct, frozen=True):
-    """One client process: its requests and how busy it was between the first and the last.
+    """The requests of one client process, and how busy the process was meanwhile.
 
-    num_resent  requests sent again because a kept connection turned out to be closed.
+    cpu_s       CPU time that it used.
+    wall_s      time from its start to its last answer.
+    num_resent  requests that were sent again because a kept connection was closed by the server.
     """
 
     records: list[RequestRecord]
@@ -165,7 +177,7 @@ def run_load(spec: LoadSpec, num_processes: int) -> list[WorkerReport]:
         workers.append((process, ours))
     try:
         for _, pipe in workers:
-            pipe.recv()  # ready: its imports are done
+            pipe.recv()  # it has finished its imports and is ready
         start_s = time.perf_counter() + 0.1
         for _, pipe in workers:
             pipe.send(start_s)
@@ -186,7 +198,7 @@ def _worker(
     pipe.send(worker_number)
     start_s = pipe.recv()
     gc.freeze()
-    gc.disable()  # a pause of the client would be read as one of the server
+    gc.disable()  # a pause of the client would be taken for one of the server
     report = asyncio.run(_Client(spec).run(worker_number, num_processes, counter, start_s))
     pipe.send_bytes(msgspec.msgpack.encode(report))
 
@@ -242,7 +254,7 @@ class _Client:
         self.records.append(_record(number, reply, body["max_tokens"], now - started_s))
 
     async def _exchange(self, request: bytes, started_s: float) -> Reply:
-        """A kept connection that the server has closed meanwhile gets one fresh one instead."""
+        """Send a request on an idle connection, or on a new one if the server has closed that."""
         timeout_s = self.spec.timeout_s
         while self.idle:
             connection = self.idle.pop()
@@ -268,14 +280,14 @@ class _Client:
 
 
 def _record(number: int, reply: Reply, num_asked: int, late_s: float) -> RequestRecord:
-    """Counts tokens by usage; an answer without any token is an error."""
+    """The record of a reply. An answer without any token is an error."""
     num_output_tokens = reply.num_output_tokens
     error = reply.error
     if error is None and num_output_tokens == 0:
         error = "an answer without a token"
     times = reply.chunk_times
     if len(times) > num_output_tokens:
-        # A closing frame of its own holds no token: drop what is beyond one frame a token.
+        # More frames than tokens: a separate last frame, which only ends the stream, has no token.
         times = times[:num_output_tokens] if reply.usage else times
     return RequestRecord(
         number=number,
