@@ -100,7 +100,7 @@ class RequestLog:
     def refused(self, request: web.BaseRequest, error: RequestError) -> None:
         """Log that a request has ended with `error`, unless `ended` has already logged its end.
 
-        Refusals because of a full queue are not logged one by one: stats_log.py logs their number.
+        Refusals because of a full queue are not logged one by one: the engine logs their number.
         """
         if _has_ended.get() or isinstance(error, QueueFullError) or not self._take_line(request):
             return
