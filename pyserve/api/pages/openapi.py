@@ -1,7 +1,7 @@
-"""/openapi.json: OpenAPI 3.1, made from the wire types of wire/protocol.py.
+"""/openapi.json: the OpenAPI 3.1 document, made from the wire types.
 
-What features.py still holds is left out, so a field appears here when it starts to work. What the
-types do not say of a field stands in wire/fields.py.
+Fields that features.py lists as not built are left out, so a field appears here once it works.
+wire/fields.py has what the types do not say of a field, such as bounds and descriptions.
 """
 
 from __future__ import annotations
@@ -106,12 +106,14 @@ _MESSAGE_EVENTS = (
 class Operation(NamedTuple):
     """A route in the document.
 
-    replies  the wire types beside the errors; None is text.
-    chunks   those of a streamed answer, and `stream` how they come.
-    error    that of a refusal.
-    is_form  its body is a form with a file.
-    is_queued
-             it waits for the model, as what is streamed does.
+    replies    status -> wire type of the response; None: plain text. Errors are not included.
+    body       wire type of the request body; None: there is none.
+    chunks     wire types of the events of a streamed response; empty: it cannot be streamed.
+    example    an example of the request body.
+    stream     description of the streamed response, in which {chunks} and {error} are replaced.
+    error      wire type of an error.
+    is_form    the request body is a form with a file.
+    is_queued  its requests wait for the model and can be refused with 429, like streamed ones.
     """
 
     summary: str
@@ -271,9 +273,10 @@ _REF = "#/components/schemas/{name}"
 
 
 class Document:
-    """The document of one server, built when it is first asked for.
+    """The document of one server, built when it is first requested.
 
-    routes  (method, path) -> whether it is public, as in app.py.
+    routes   (method, path) -> whether the route is public, as in app.py.
+    has_key  the server has API keys, so that routes that are not public need one.
     """
 
     def __init__(
@@ -285,7 +288,7 @@ class Document:
 
     @functools.cached_property
     def file(self) -> site.File:
-        """Its bytes, as they are sent."""
+        """The document as a file to send."""
         return site.make_file(msgspec.json.encode(self.describe()), ".json")
 
     def describe(self) -> Schema:
@@ -365,7 +368,7 @@ async def openapi(request: web.Request) -> web.StreamResponse:
 
 
 def schemas() -> dict[str, Schema]:
-    """components.schemas: every wire type, without what is not built."""
+    """components.schemas: the JSON schemas of all wire types, without fields that are not built."""
     types: set[type[msgspec.Struct]] = set()
     for operation in OPERATIONS.values():
         types |= {operation.error, *operation.chunks}
@@ -380,7 +383,7 @@ def schemas() -> dict[str, Schema]:
     for name, schema in found.items():
         if name in rows:
             _finish_sent(schema, rows[name])
-        elif name != "NotReady":  # a reply has all fields but those that may be UNSET
+        elif name != "NotReady":  # a reply always has its fields with defaults, unless UNSET
             always = schema.get("required", [])
             schema["required"] = [
                 field for field, value in schema["properties"].items()
@@ -393,9 +396,9 @@ def schemas() -> dict[str, Schema]:
 
 
 def _finish_sent(schema: Schema, rows: Mapping[str, Field]) -> None:
-    """Of what clients send: leave out what is not built, add bounds and descriptions."""
+    """Finish the schema of a request type: drop fields not built, add bounds and descriptions."""
     properties: dict[str, Schema] = schema["properties"]
-    del schema["additionalProperties"]  # an unknown field is named, not refused
+    del schema["additionalProperties"]  # unknown fields are not refused, only named in a header
     for name in [name for name, row in rows.items() if not row.is_ignored]:
         del properties[name]
     for name, value in properties.items():
