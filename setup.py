@@ -1,8 +1,9 @@
-"""Builds the native products ahead of time where torch is importable; pure Python elsewhere.
+"""Builds the native libraries ahead of time where torch can be imported; else pure Python.
 
-`pip wheel --no-build-isolation .` makes a wheel for machines of this kind; where nvcc is found, for
-every NVIDIA card, with or without one here and whichever torch is here. A plain `pip install .` has
-no torch at hand: the first start compiles for exactly its machine (pyserve/ops/build.py).
+`pip wheel --no-build-isolation .` makes a wheel for machines with this operating system and CPU
+type. If nvcc is found, it is for NVIDIA cards too, whether this machine has one or not, and
+whichever torch is installed. A plain `pip install .` builds in an environment without torch; then
+the first start compiles for its machine (pyserve/ops/build.py).
 """
 
 import dataclasses
@@ -23,18 +24,18 @@ SOURCES = ROOT / "cuda"
 
 
 def load(name):
-    """pyserve/ops/NAME.py by path: pyserve's own dependencies may not be installed here."""
+    """Import pyserve/ops/NAME.py by its path, as pyserve's dependencies may not be installed."""
     full_name = f"pyserve.ops.{name}"
     path = ROOT / "pyserve" / "ops" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(full_name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[full_name] = module  # where dataclasses look their module up, and imports theirs
+    sys.modules[full_name] = module  # dataclasses, and imports from `module`, look it up there
     spec.loader.exec_module(module)
     return module
 
 
 class BuildNative(build_ext):
-    """Compiles with the same code, flags and ninja file as the first start does."""
+    """Compiles with the same code, flags and ninja file as a first start would."""
 
     def run(self):
         def say(line):
@@ -54,7 +55,7 @@ class BuildNative(build_ext):
         told = set()
 
         def tell(done, total):
-            if total and done not in told:  # it is told again while nothing ends
+            if total and done not in told:  # `progress` is also called when nothing has changed
                 told.add(done)
                 say(f"{done} of {total}")
 
