@@ -1,6 +1,6 @@
 """`python -m pyserve`, and the command `pyserve`.
 
-The imports below take a moment, and Ctrl-C may come in it: its handler is the first thing here.
+The imports below take a moment in which Ctrl-C may come, so its handler is set first.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pyserve import INTERRUPTED
 
 
 def interrupt(*_: object) -> None:
-    """End at once with one line: nothing has begun that would have to be ended in order."""
+    """End at once with one line, as nothing has begun yet that needs an orderly end."""
     try:
-        os.write(2, b"interrupted\n")  # not by logging, which may be what is interrupted
+        os.write(2, b"interrupted\n")  # logging is not used, as it may be what was interrupted
     finally:
         os._exit(INTERRUPTED)
 
@@ -24,7 +24,7 @@ try:
 
     signal.signal(signal.SIGINT, interrupt)
     from pyserve.cli import main
-except KeyboardInterrupt:  # before the handler was there
+except KeyboardInterrupt:  # it came before the handler was set
     interrupt()
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Has the system's allocator give back what was freed, and tells what is allocated.
+"""Settings of glibc's malloc, so that freed memory returns to the system, and its statistics.
 
-glibc keeps what a thread has freed in an arena of that thread, and moves by itself what it keeps:
-once a block of 32 MB was freed, all smaller ones lie in the arenas, and the free end of each arena
-stays up to 64 MB, more or less of it behind each long text. So both are fixed here, before anything
-large is freed. What lies free between things that are held, in pages, goes back by `trim`.
+By default glibc adapts two thresholds to what a process frees. Once a block of 32 MB has been
+freed, all smaller blocks come from per-thread arenas, and each arena keeps up to 64 MB of free
+memory at its end. Every long text could leave that much. So `fix_thresholds` fixes both thresholds
+before anything large is freed. `trim` returns free pages that lie between used memory.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import ctypes
 from typing import Final
 
 MAX_FAST, TRIM_THRESHOLD, MMAP_THRESHOLD = 1, -1, -3  # of mallopt, from malloc.h
-# That an arena may keep at its end, and from which on a block is not taken from an arena but from
-# the system. At a quarter of it steps on a CPU would take memory from the system and give it back.
+# Both thresholds: how much free memory an arena keeps at its end, and the size from which on a
+# block is mapped from the system instead of taken from an arena. With a quarter of this, steps on
+# a CPU would map and unmap memory all the time.
 KEEP_BYTES: Final = 2**20
 
 _libc = ctypes.CDLL(None)
@@ -37,7 +38,7 @@ if hasattr(_libc, "mallinfo2"):
 
 
 def fix_thresholds() -> None:
-    """To be called once, at the start. Does nothing with another C library, as `trim` does."""
+    """Fix the thresholds of malloc; called once at the start. Does nothing without glibc."""
     if _is_glibc:
         _libc.mallopt(MAX_FAST, 0)
         _libc.mallopt(TRIM_THRESHOLD, KEEP_BYTES)
@@ -45,15 +46,17 @@ def fix_thresholds() -> None:
 
 
 def trim() -> None:
-    """Return the free pages within all arenas. Takes milliseconds to tens of them, without the
-    interpreter's lock, and holds one arena after another while it does.
+    """Return the free pages of all arenas to the system. Does nothing without glibc.
+
+    Takes milliseconds to tens of milliseconds. It releases the GIL, but locks one arena after the
+    other.
     """
     if _is_glibc:
         _libc.malloc_trim(0)
 
 
 def used_bytes() -> int:
-    """What the process has allocated and not freed; 0 with a C library that does not tell."""
+    """Bytes that the process has allocated and not freed; 0 where the C library cannot tell."""
     if not hasattr(_libc, "mallinfo2"):
         return 0
     info = _libc.mallinfo2()

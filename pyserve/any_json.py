@@ -1,8 +1,8 @@
-"""JSON of any shape -> Python values, in time that follows its length.
+"""Decodes JSON of any shape into Python values, in time that is proportional to its length.
 
-msgspec takes 9 us to read a number near the end of a double's range, such as 1e308, and holds the
-interpreter's lock from the first byte of a text to its last: a body of a million of them stopped
-all others for 9 s. Python reads each of them in 0.2 us, and lets other threads in between.
+msgspec takes 9 us to parse a number near the end of a double's range, such as 1e308, and holds the
+GIL for the whole text: a body with a million such numbers blocked everything for 9 s. Python's
+float() parses each in 0.2 us, and lets other threads run in between.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import msgspec
 
 
 def read_float(text: str) -> float:
-    """A number that is written with a point or an exponent; for msgspec's float_hook."""
+    """Parse a number with a point or an exponent; msgspec's float_hook. Raises ValueError."""
     value = float(text)
     if math.isinf(value):
-        raise ValueError("Number out of range")  # as msgspec has it, which adds the place
+        raise ValueError("Number out of range")  # msgspec's own wording; it adds the position
     return value
 
 

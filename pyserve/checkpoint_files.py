@@ -1,4 +1,7 @@
-"""Names of a checkpoint's files, and limits of what describes them. Imports no torch."""
+"""Names of a checkpoint's files, limits on headers and indices, and the reader of the index.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,18 @@ from pyserve.model_files import read_object
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-LENGTH_BYTES = 8  # of the header's length, a little-endian u64
+LENGTH_BYTES = 8  # a safetensors file begins with its header's length, a little-endian u64
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_INDEX_BYTES = 64 * 2**20
-MAX_NAME_BYTES = 255  # of a file, as file systems have it
+MAX_NAME_BYTES = 255  # of a file name, as in most file systems
 MAX_SHOWN_CHARS = 200  # of a tensor's name in a message
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> file of the same folder, as an index says. Raises CheckpointError naming both."""
+    """Read an index: tensor name -> name of the file, in the index's folder, that holds it.
+
+    Raises CheckpointError naming the index and the entry at fault.
+    """
     raw = read_object(index, MAX_INDEX_BYTES)
     if raw is None:
         raise CheckpointError(f"{index}: No such file or directory")

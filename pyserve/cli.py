@@ -1,9 +1,9 @@
-"""Command line: flags in, one frozen config each for the engine and the server out.
+"""The command line: parses the flags into config objects, loads the model and starts the server.
 
-`python -m pyserve --model X`, `pyserve serve X` and `pyserve X` are the same; `pyserve plan` only
-computes what fits, `run-batch` answers a file, `chat`, `complete` and `bench` ask a running server.
-This is the only module that imports inside functions: a flag is refused, and the first line said,
-before what serves is imported, and the port is open before torch is.
+`python -m pyserve --model X`, `pyserve serve X` and `pyserve X` are the same. `pyserve plan` only
+computes what fits, `run-batch` answers a file, and `chat`, `complete` and `bench` talk to a running
+server. This module imports inside functions so that wrong flags are refused and the first line is
+logged before the server's code is imported, and the port is open before torch is imported.
 """
 
 from __future__ import annotations
@@ -109,18 +109,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _prepare_threads() -> None:
-    """Of libraries, by variables that are read when these are loaded, and the interpreter's."""
-    # A spinning libgomp would starve the event loop of its core.
+    """Configure the threads of libraries, and how the interpreter switches between threads.
+
+    The libraries read these variables when they are loaded.
+    """
+    # Spinning threads of libgomp would take the event loop's core.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # A text would be handed on to a pool of threads, one a core, that nothing of ours bounds.
+    # Otherwise tokenizers would use a thread pool of its own with one thread per core.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # A step lets go of the interpreter's lock at each of its ops, and a thread that works on a text
-    # gives it back after this time: 5 ms as Python has it, a hundred times a step.
+    # A step releases the GIL at each of its ops. A thread that works on text then returns it only
+    # after this interval: with Python's default of 5 ms a step could wait so a hundred times.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 
 
 def _with_file(argv: list[str]) -> list[str]:
-    """The arguments, with those of the file that --config names."""
+    """`argv`, with the settings of the --config file added, if one is given."""
     path = given(argv).get("config")
     if path is None:
         return argv
@@ -151,7 +154,7 @@ def _warn_of_exposure(config: ServerConfig) -> None:
 
 
 def _tell_of_names(config: ServerConfig) -> None:
-    """A key that holds a "=" was not meant to be a name and a key: show what became of it."""
+    """Log the names of API keys, as a key with a "=" in it may be taken for NAME=KEY by mistake."""
     users = dict.fromkeys(user for user, _ in named_keys(config.api_keys))
     if any(not user.startswith(UNNAMED) for user in users):
         log.get_logger().info("/metrics counts the use of API keys by name: %s", ", ".join(users))
@@ -182,7 +185,7 @@ def _check_paths(args: argparse.Namespace, config: ServerConfig) -> None:
 
 def _may_be_found(name: str) -> bool:
     """Whether `name` is a folder, or could be a repository of the hub."""
-    # os.path says no to names that the system refuses, where Path raises.
+    # os.path returns False for names that the system refuses, where Path would raise.
     path = os.path.expanduser(name)
     if os.path.isfile(path) or not name:
         return False
@@ -190,7 +193,7 @@ def _may_be_found(name: str) -> bool:
 
 
 def _check_adapters(config: EngineConfig, server_config: ServerConfig) -> None:
-    """The same for adapters, whose names the model must not have."""
+    """Refuse adapters whose paths cannot work, or that have a name of the model."""
     for module in config.lora_modules:
         named = f"--lora-modules {module.name}"
         if module.name in server_config.served_model_names:
@@ -204,7 +207,7 @@ def _check_adapters(config: EngineConfig, server_config: ServerConfig) -> None:
 
 
 def _check_text(launch: LaunchConfig, config: ServerConfig) -> None:
-    """The same for what is said of the model's texts."""
+    """Refuse a chat template or a parser name that cannot work."""
     from pyserve.text.chat_template import read_override
     from pyserve.text.reasoning import check_name as check_reasoning_parser
     from pyserve.text.tool_parsers.registry import check_name as check_tool_parser
@@ -216,7 +219,7 @@ def _check_text(launch: LaunchConfig, config: ServerConfig) -> None:
 
 
 def _nearest_folder(path: Path) -> Path | None:
-    """`path`, or the folder in which it can be made; None where a file is in the way."""
+    """`path`, or the nearest parent of it that exists; None where that is not a folder."""
     path = path.absolute()
     while not os.path.lexists(path):
         path = path.parent
@@ -254,7 +257,7 @@ def _generation_folder(choice: str, model_path: Path) -> Path:
 
 
 def _loader(args: argparse.Namespace) -> Callable[[Report], Loaded]:
-    """What the server runs on a worker thread once its port is open."""
+    """Make the function with which the server loads the model, on a worker thread."""
     from pyserve.engine.preload import Preload
     from pyserve.engine.tensor_parallel.spawned import spawn
 
@@ -297,13 +300,14 @@ def _load(
     model_path = DEMO_MODEL
     if launch.model is not None:
         model_path = _resolve(args, report, preload, flag="--model", revision=launch.revision)
-        report("start", 0, 0)  # the time from here on is not the download's
+        report("start", 0, 0)  # ends the download phase
     if not (model_path / "config.json").is_file():
         raise CheckpointError(f"--model {launch.model}: there is no config.json in {model_path}")
     tokenizer_path = model_path
     if launch.tokenizer is not None:
         tokenizer_path = _resolve(args, report, preload, flag="--tokenizer", revision=None)
-    # The interpreter's lock is held for most of it, and free while torch's libraries are mapped.
+    # Reading the tokenizer holds the GIL most of the time; meanwhile `preload` maps torch's
+    # libraries without the GIL.
     tokenizer = _tokenizer(tokenizer_path)
     template = ChatTemplate.load(tokenizer, override=launch.chat_template)
     template.check_defaults(config.default_chat_template_kwargs or {})
@@ -327,7 +331,8 @@ def _load(
         from pyserve.engine.load import build_engine
 
     with ThreadPoolExecutor(1, "grammars") as pool:
-        # It holds the interpreter's lock, which weights and a card's steps leave free for long.
+        # Preparing grammars holds the GIL, which loading weights and the GPU's steps mostly leave
+        # free; so both are done at the same time.
         grammars = Grammars.of(tokenizer, defaults, model.vocab_size)
         preparing = pool.submit(grammars.prepare)
         engine = build_engine(
@@ -350,7 +355,7 @@ def _find_adapter(
     launch: LaunchConfig, name: str, *, flag: str = "the adapter",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:  # fmt: skip
-    """The folder of an adapter, downloaded where it must be. Raises StartupError."""
+    """The folder of an adapter, which is downloaded if needed. Raises StartupError."""
     from pyserve.hub.resolve import resolve_adapter
 
     return resolve_adapter(
@@ -372,13 +377,16 @@ def _agree(args: argparse.Namespace, here: Launched, preload: Preload) -> None:
 
 
 def _follow(args: argparse.Namespace) -> int:
-    """As one of the ranks that torchrun has started, which serves nobody by itself."""
+    """Run as a follower: a rank that torchrun has started and that is not the leader (rank 0).
+
+    Returns the exit code.
+    """
     from pyserve.engine.preload import Preload
     from pyserve.engine.tensor_parallel.follower import follow_launched
     from pyserve.model.config import ModelConfig
 
     def report(phase: str, done: int, total: int) -> None:
-        """The leader tells of its own progress."""
+        """Report nothing: the leader reports its own progress."""
 
     launch = _launch_config(args)
     model_path = DEMO_MODEL
@@ -399,7 +407,7 @@ def _follow(args: argparse.Namespace) -> int:
 def _resolve(
     args: argparse.Namespace, report: Report, preload: Preload, *, flag: str, revision: str | None
 ) -> Path:
-    """The folder of the model or the tokenizer that `flag` names, downloaded where it must be."""
+    """The folder of the model or tokenizer that `flag` names, which is downloaded if needed."""
     from pyserve.hub.resolve import resolve_model
 
     launch = _launch_config(args)
@@ -408,7 +416,7 @@ def _resolve(
     assert name is not None
 
     def check(folder: Path) -> None:
-        """Refuse before the download what would be refused after it."""
+        """Raise, before the weights are downloaded, what would be raised after that."""
         preload.wait()
         with collector.imports():
             from pyserve.engine.load import check_start

@@ -1,8 +1,8 @@
-"""The seam between the API and the engine: token ids go in, token ids come out.
+"""The interface between the API and the engine: token ids go in, token ids come out.
 
-The API imports this and nothing behind it. Everything here runs on the one event loop; no locks.
-A `SequenceStream` is a buffer, not a queue: the engine appends and wakes its reader, and a reader
-that comes late takes all that has gathered at once.
+The API imports this module and nothing of the engine behind it. Everything here runs on one event
+loop, without locks. A `SequenceStream` is a buffer: the engine appends to it and wakes its reader,
+which takes all that is there at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pyserve.errors import PyserveError
 from pyserve.histogram import StepHistograms
 from pyserve.params import SamplingParams
 
-if TYPE_CHECKING:  # the port opens before anything as slow to import as numpy
+if TYPE_CHECKING:  # numpy is slow to import, and the port is to open before that
     import numpy as np
     from numpy.typing import NDArray
 
@@ -25,13 +25,13 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 class MaskFiller(Protocol):
-    """Fills the masks of several constraints of its kind in one call, on any thread, and lets go of
-    the interpreter's lock for most of it.
+    """Fills the masks of several constraints of its kind in one call, on any thread. It releases
+    the GIL for most of that time.
     """
 
     def work(self, constraint: Any) -> tuple[object, float]:
-        """What its mask is made from, by one thread at a time, and about how many seconds that
-        takes.
+        """The object that the constraint's next mask is computed from, which only one thread at a
+        time may use, and an estimate of how many seconds that takes.
         """
 
     def fill(
@@ -42,26 +42,26 @@ class MaskFiller(Protocol):
         *,
         is_alone: bool,
     ) -> None:
-        """Row rows[i] of `bitmask`, int32 [.., ceil(vocab_size / 32)], as constraints[i] would.
+        """Fill row rows[i] of `bitmask`, int32 [num_rows, ceil(vocab_size / 32)], as
+        constraints[i].fill_bitmask would.
 
-        is_alone  no other thread fills masks now.
+        is_alone  no other thread fills masks meanwhile.
         """
 
 
 class Constraint(Protocol):
-    """Which tokens one sequence may produce next: a grammar, words that are forbidden.
+    """Which tokens one sequence may produce next, such as by a grammar or because of bad words.
 
-    It knows the output tokens that it has accepted, all of them and in order. The calls for one
-    sequence never overlap; all but the properties may come from a thread that is not the event
-    loop's, and what takes long in them lets go of the interpreter's lock.
+    All output tokens are passed to `accept` in order. Calls for one sequence never overlap. All but
+    the properties may be called on worker threads; what takes long in them releases the GIL.
 
-    is_free      every token is allowed now, so no mask is needed: reasoning has not ended, no tool
-                 call has begun.
-    is_finished  nothing but an end may follow.
-    is_end_void  the stop token that has come last does not end the sequence: what the answer must
-                 have is yet to come.
-    error        why it cannot go on, None while it can; the sequence fails with it, alone.
-    filler       what fills its next mask together with others; None: fill_bitmask alone does.
+    is_free      every token is allowed now, so no mask is needed, for instance because reasoning
+                 has not ended or no tool call has begun.
+    is_finished  only the end of the sequence may follow.
+    is_end_void  the stop token that was accepted last does not end the sequence, because something
+                 that the answer must have is still missing.
+    error        why the constraint cannot continue; None while it can. Only its sequence fails.
+    filler       fills its next mask together with those of others; None: only fill_bitmask can.
     """
 
     @property
@@ -80,25 +80,25 @@ class Constraint(Protocol):
     def filler(self) -> MaskFiller | None: ...
 
     def fill_bitmask(self, words: NDArray[np.int32]) -> None:
-        """Write all of `words`, int32 [ceil(vocab_size / 32)] of the engine's vocab_size.
+        """Write all of `words`, int32 [ceil(vocab_size / 32)], for the engine's vocab_size.
 
-        Bit t % 32 of word t // 32 says whether token t may come next. Stop tokens are tokens like
-        the others: their bits say whether the sequence may end here.
+        Bit t % 32 of word t // 32 says whether token t may come next. Stop tokens are treated like
+        others: their bits say whether the sequence may end here.
         """
 
     def accept(self, token_ids: Sequence[int]) -> None:
-        """These output tokens have come, a stop token included. What is wrong goes to `error`."""
+        """Take the next output tokens, with a stop token if there is one. Sets `error`, if any."""
 
     def rollback(self, num_tokens: int) -> None:
-        """Forget the last `num_tokens` accepted ones."""
+        """Forget the last `num_tokens` accepted tokens."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """What was loaded under a name, once: a request keeps to it whatever is loaded later.
+    """One version of an adapter. A request keeps its version, whatever is loaded later.
 
-    version  no other adapter of this server has the same, whatever its name.
-    weights  the engine's own, in the host's memory for as long as somebody has this.
+    version  unique among all adapters of this server, whatever their names.
+    weights  its weights in host memory, for the engine alone; freed with this object.
     """
 
     name: str
@@ -106,14 +106,14 @@ class Adapter:
     weights: Any = None
 
     def without_weights(self) -> Adapter:
-        """The same for whoever must not keep them."""
+        """A copy without the weights, so that keeping it does not keep them in memory."""
         return Adapter(self.name, self.version)
 
 
 @dataclass(frozen=True, slots=True)
 class ServedAdapter:
-    """A name that requests may choose an adapter by; `root` is where it comes from, as that was
-    named: a folder, or a repository of the hub."""
+    """A name by which requests may choose an adapter; `root` is the folder or the repository of
+    the hub that it was loaded from."""
 
     name: str
     root: str
@@ -124,54 +124,56 @@ class AdapterStore(Protocol):
 
     @property
     def served(self) -> list[ServedAdapter]:
-        """All that have been loaded and not unloaded, in the order of their loading."""
+        """All adapters that were loaded and not unloaded, in the order of loading."""
 
     @property
     def num_loads(self) -> int:
-        """Times an adapter was read, a counter."""
+        """Number of times that an adapter was read into host memory."""
 
     @property
     def num_kept(self) -> int:
-        """Versions in the host's memory."""
+        """Number of versions in host memory."""
 
     def has(self, name: str) -> bool:
-        """Whether `acquire` would look for it."""
+        """Whether requests may choose an adapter by this name."""
 
     async def load(self, name: str, root: str, *, is_reload: bool = False) -> None:
-        """Serve the adapter of `root`, a folder or a repository of the hub, under `name`, as a new
-        version; is_reload: also where the name is served already. Requests that run go on with the
-        version that they have.
+        """Serve the adapter in `root`, a folder or a repository of the hub, under `name`.
 
-        Raises InvalidRequestError where the name is taken or none, CheckpointError where there is
-        no adapter for this model in the folder, another StartupError where there is no such folder
-        and the hub does not give it: then nothing has changed.
+        is_reload  `name` may be served already, and gets a new version. Running requests keep the
+                   version that they have.
+
+        Raises InvalidRequestError for a name that is invalid or taken, CheckpointError where the
+        folder has no adapter for this model, and another StartupError where there is no such folder
+        or repository. Then nothing has changed.
         """
 
     def unload(self, name: str) -> None:
-        """Serve it no more; requests that use it go on. Raises NotFoundError."""
+        """Stop serving `name`; requests that use it continue. Raises NotFoundError."""
 
     async def acquire(self, name: str) -> Adapter:
-        """The present version, which stays in the host's memory until it is released as often as
-        acquired. Waits where the memory is full of versions that others hold.
+        """The present version of an adapter, held in host memory until `release` is called for it.
 
-        Raises NotFoundError where nothing is served under the name, QueueFullError where too many
-        wait, EngineError where it cannot be read again.
+        Waits while other requests hold all versions that there is room for. Raises NotFoundError
+        for an unknown name, QueueFullError where too many requests wait already, and EngineError
+        where the adapter cannot be read.
         """
 
     def release(self, adapter: Adapter) -> None:
-        """Its request, whose sequences have all ended, needs it no more."""
+        """Undo one `acquire`, after all sequences of the request have ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceRequest:
     """One sequence to generate.
 
-    priority       lower runs first; of equal ones the user who runs the fewest, then the oldest.
-    cache_salt     the prefix cache is shared by requests with the same one.
-    user           with whom slots and places in the queue are shared.
-    constraint     of its output tokens; the engine alone uses it, and no two sequences share one.
-    is_background  it comes after all that are not, whatever the policy, and is preempted for them.
-    adapter        what is added to the base model; None: nothing.
+    priority       lower runs first; among equals, that of the user with the fewest running
+                   sequences, then the oldest.
+    cache_salt     only requests with the same salt share the prefix cache.
+    user           whom the sequence counts for when slots and the queue are shared.
+    constraint     on its output tokens. Only the engine uses it, and no other sequence shares it.
+    is_background  all sequences that are not run first, whatever the policy, and may preempt it.
+    adapter        adapter to use; None: the base model alone.
     """
 
     prompt_token_ids: Sequence[int]
@@ -185,12 +187,14 @@ class SequenceRequest:
 
 
 class TokenLogprobs(NamedTuple):
-    """How likely a token is where it stands, before masks, biases, penalties and temperature.
+    """The logprob of a token at its position, and the most likely tokens there.
+
+    By default it is taken before masks, biases, penalties and temperature (--logprobs-mode).
 
     logprob                the natural logarithm of its probability; -inf where that is 0.
     token_rank             1 + the number of tokens that are more likely.
-    top_ids, top_logprobs  the most likely tokens, in falling order: as many as were asked for; -1
-                           behind the last of the vocabulary.
+    top_ids, top_logprobs  the most likely tokens, the most likely first, as many as were requested.
+                           Entries beyond the size of the vocabulary have the id -1.
     """
 
     logprob: float
@@ -199,7 +203,7 @@ class TokenLogprobs(NamedTuple):
     top_logprobs: list[float]
 
     def best(self, num: int | None) -> TokenLogprobs:
-        """The same with the first `num` most likely tokens alone."""
+        """A copy with only the `num` most likely tokens; None: all of them."""
         logprob, token_rank, ids, logprobs = self
         return TokenLogprobs(logprob, token_rank, ids[:num], logprobs[:num])
 
@@ -208,11 +212,11 @@ class TokenLogprobs(NamedTuple):
 class SequenceDelta:
     """What one sequence has produced since it was last read.
 
-    token_ids          new output tokens, the stopping one included.
-    finish_reason      None while the sequence runs; the last delta carries it. "stop": by a stop
-                       token, or because nothing but one was allowed.
-    stop_token_id      the id of stop_token_ids that ended the sequence, None otherwise.
-    logprobs           of each of the tokens, where they were asked for.
+    token_ids      new output tokens, with the stop token, if any.
+    finish_reason  set in the last delta, else None. "stop": a stop token came, or its constraint
+                   allows only the end.
+    stop_token_id  the stop token that ended the sequence; None if none did.
+    logprobs       logprobs of each of the tokens, where they were requested.
     """
 
     token_ids: list[int]
@@ -226,14 +230,14 @@ class SequenceStream:
     """Output of one sequence: written by the engine, read by one coroutine of the API.
 
     num_cached_tokens  prompt tokens from the prefix cache; set before the first token.
-    queued_s           when the engine accepted it, on the monotonic clock as all of these.
+    queued_s           when the engine accepted it, in monotonic s, like all times here.
     scheduled_s        when it was in a step for the first time; 0 until then.
     first_token_s      when its first token was sampled; 0 until then.
     ended_s            when it finished or failed; 0 until then.
-    prompt_logprobs    of the prompt's tokens from the second on, where they were asked for: all of
-                       them before the first output token.
-    pooled             float32 [info.pooling.width], where the engine pools: what the prompt has
-                       become, once it has finished with "stop".
+    prompt_logprobs    logprobs of the prompt's tokens from the second on, where they were
+                       requested; complete before the first output token.
+    pooled             float32 [info.pooling.width]: the embedding or score of the prompt, where the
+                       engine pools, once it has finished with "stop".
     """
 
     seq_id: int
@@ -254,16 +258,16 @@ class SequenceStream:
 
     @property
     def is_finished(self) -> bool:
-        """True after `finish` or `fail`; tokens that nobody has read yet may remain."""
+        """Whether `finish` or `fail` was called; there may still be tokens to read."""
         return self._finish_reason is not None or self._error is not None
 
     def admit(self, num_cached_tokens: int) -> None:
-        """Engine side: the sequence begins to run, this much of its prompt from the cache."""
+        """Engine side: the sequence starts to run; so many prompt tokens come from the cache."""
         self.num_cached_tokens = num_cached_tokens
         self.scheduled_s = time.monotonic()
 
     def put(self, token_ids: list[int], logprobs: list[TokenLogprobs] | None = None) -> None:
-        """Engine side: append output tokens, with the logprobs of each or none; wake the reader."""
+        """Engine side: append output tokens, and the logprobs of each, if any; wake the reader."""
         assert self._finish_reason is None and self._error is None, "token after the end"
         self._token_ids += token_ids
         if logprobs is not None:
@@ -279,25 +283,25 @@ class SequenceStream:
         self._wakeup.set()
 
     def fail(self, error: PyserveError) -> None:
-        """Engine side: the sequence has failed; `read` raises `error` after what it delivered."""
+        """Engine side: the sequence has failed; after its tokens the reader gets `error` raised."""
         assert not self.is_finished, "failed after the end"
         self._error = error
         self.ended_s = time.monotonic()
         self._wakeup.set()
 
     def share_wakeup(self, wakeup: asyncio.Event) -> None:
-        """Wake `wakeup` from here on, so that one reader can wait for several streams at once.
+        """Set `wakeup` on news from now on, so that one reader can wait for several streams.
 
-        Called right after submit; the reader clears the event itself and then takes from each.
+        Called right after submit. The reader clears the event itself, then takes from each stream.
         """
         if self._wakeup.is_set():
             wakeup.set()
         self._wakeup = wakeup
 
     def take(self) -> SequenceDelta | None:
-        """All that has gathered since the last call, None where nothing has. Never waits.
+        """All output since the last call; None where there is none. Never waits.
 
-        Raises the error the sequence failed with, after what it had delivered.
+        After the last output it raises the error that the sequence failed with, if it did.
         """
         if not self._token_ids and not self.is_finished:
             return None
@@ -315,9 +319,9 @@ class SequenceStream:
         return delta
 
     async def read(self) -> SequenceDelta:
-        """Wait for output and take all that there is. Raises as `take` does.
+        """Wait for output and take all of it. Raises as `take` does.
 
-        After the end it returns the finish reason, or raises the error, again and at once.
+        After the end each call returns the finish reason, or raises the error, at once.
         """
         while True:
             if not self.is_finished:
@@ -330,12 +334,12 @@ class SequenceStream:
 
 @dataclass(frozen=True, slots=True)
 class PoolingInfo:
-    """What an engine makes of a prompt in place of an answer.
+    """What an engine that pools computes from a prompt, instead of generating.
 
-    kind           "embed": its last hidden state; "score": one number, above 0 for yes.
-    width          numbers that a prompt becomes.
-    is_normalized  embeddings are meant to be divided by their length; the engine does not.
-    dimensions     to which an embedding may be cut before that; (): any up to width.
+    kind           "embed": the last hidden state; "score": one number, above 0 for yes.
+    width          size of the result, in float32 numbers.
+    is_normalized  embeddings should be normalized to length 1, which the engine does not do.
+    dimensions     sizes that an embedding may be cut to before that; (): any up to width.
     """
 
     kind: Literal["embed", "score"]
@@ -346,7 +350,7 @@ class PoolingInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What the API must know about the engine; constant after start."""
+    """What the API needs to know about the engine; constant after the start."""
 
     max_model_len: int  # tokens, prompt and output together
     vocab_size: int  # token ids are in [0, vocab_size)
@@ -356,11 +360,11 @@ class EngineInfo:
     dtype: str
     device: str
     max_queue: int = 1024  # sequences that may wait
-    has_priorities: bool = False  # scheduling_policy is "priority": submit's priority counts
+    has_priorities: bool = False  # scheduling_policy is "priority", so priorities count
     enable_prefix_caching: bool = True
     gpu_memory_utilization: float = 0.9  # as configured
-    has_logits: bool = False  # in place of log probabilities
-    pooling: PoolingInfo | None = None  # None: it generates; else it takes params.POOLED alone
+    has_logits: bool = False  # logprobs hold logits instead
+    pooling: PoolingInfo | None = None  # None: it generates; else params must be params.POOLED
     num_adapter_slots: int = 0  # different adapters that may run at once
 
 
@@ -374,29 +378,29 @@ class EngineStats:
     num_preemptions: int
     num_steps: int
     prompt_tokens: int  # prompt tokens of admitted sequences
-    cached_tokens: int  # of those, served by the prefix cache
+    cached_tokens: int  # those of them that the prefix cache served
     output_tokens: int
     step_age_s: float  # age of the running step, 0 where none runs
-    error: str | None  # why the engine has stopped; None while it is sound
+    error: str | None  # why the engine has given up; None while it has not
     step_deadline_s: float | None = None  # a step that takes longer has hung; None: no limit
     num_device_allocations: int = 0  # times memory was taken from a GPU; constant after ready
-    num_awaiting: int = 0  # of the waiting, those that wait for an equal prompt's prefill
+    num_awaiting: int = 0  # waiting sequences that wait for the prefill of an equal prompt
     sleep_level: int = 0  # 0: awake; 1: without a KV cache; 2: without weights, too
-    num_nan_sequences: int = 0  # failed, as the model's output was not a number
-    running_adapters: tuple[str, ...] = ()  # names of those that running sequences use
-    waiting_adapters: tuple[str, ...] = ()  # of those that waiting ones use and no running one does
+    num_nan_sequences: int = 0  # sequences that failed because logits were NaN
+    running_adapters: tuple[str, ...] = ()  # names of adapters that running sequences use
+    waiting_adapters: tuple[str, ...] = ()  # names of others that only waiting sequences use
     num_adapter_loads: int = 0  # times an adapter was put into a slot of the device
-    num_adapter_reads: int = 0  # times one was read into the host's memory
+    num_adapter_reads: int = 0  # times an adapter was read into host memory
     steps: StepHistograms = field(default_factory=StepHistograms)  # the engine's own, not a copy
 
 
 class EngineClient(Protocol):
     """All that the API sees of the engine. An engine ends when it is stopped or gives up.
 
-    After its end every call still has an answer: `info` and `stats` return their last values, with
-    nothing running, waiting or held; `submit`, `check_room`, `sleep` and `wake_up` raise
-    UnavailableError with the reason; `abort`, `reset_prefix_cache` and another `stop` do nothing;
-    `start` raises RuntimeError.
+    After its end all calls still work: `info` and `stats` return their last values, with nothing
+    running, waiting or held; `submit`, `check_room`, `sleep` and `wake_up` raise UnavailableError
+    with the reason; `abort`, `reset_prefix_cache` and another `stop` do nothing; `start` raises
+    RuntimeError.
     """
 
     @property
@@ -404,63 +408,61 @@ class EngineClient(Protocol):
 
     @property
     def adapters(self) -> AdapterStore | None:
-        """None: the engine serves its base model alone."""
+        """The adapters that it serves; None: it serves its base model alone."""
 
     def start(self) -> None:
-        """Begin to step; called once, on the event loop. RuntimeError the second time."""
+        """Start to run steps, on the event loop. Raises RuntimeError if it was called before."""
 
     async def stop(self) -> None:
-        """Fail what still runs, free threads and memory. `submit` raises from here on.
+        """Fail what still runs, and free threads and memory. `submit` raises from now on.
 
-        Harmless when called again, also while it runs and before `start`.
+        May be called again, also while it runs, and before `start`.
         """
 
     async def wait_stopped(self) -> str:
-        """Why the engine has given up, once it has; waits for ever while it is sound.
+        """Wait until the engine gives up; returns why. A `stop` does not end the wait.
 
-        By then it has failed every stream and `stats().error` says the same. `stop` alone does not
-        end the wait.
+        By then it has failed every stream, and `stats().error` says the same.
         """
 
     def check_room(self, num_sequences: int, *, num_tokens: int = 0, user: str = "") -> None:
-        """Whether `user` may queue `num_sequences` more, with `num_tokens` prompt tokens in all.
+        """Check that `user` may queue `num_sequences` more, with `num_tokens` prompt tokens in all.
 
         Raises QueueFullError where the queue has no room for them now, InvalidRequestError where it
-        never will, and UnavailableError where the engine has stopped. What passes can be submitted
-        at once.
+        never will, and UnavailableError where the engine has ended. If it does not raise, they can
+        be submitted at once.
         """
 
     def submit(self, request: SequenceRequest) -> SequenceStream:
-        """Queue one sequence. Raises as `check_room` does, and InvalidRequestError where it can
-        never fit.
-        """
+        """Queue one sequence. Raises as `check_room`, and InvalidRequestError if it never fits."""
 
     def abort(self, stream: SequenceStream) -> None:
-        """End the sequence. Harmless after its end.
+        """End a sequence. Does nothing after its end.
 
         The stream finishes with reason "abort" before this returns, and nothing more is put into
-        it. Its blocks are free for others within one step: by the end of the step in flight, if
-        that computes it.
+        it. Its blocks are free for others at once or, if the step in flight computes it, by the end
+        of that step.
         """
 
     def reset_prefix_cache(self) -> None:
-        """Forget the prompts and answers so far: what is submitted from here on is computed.
+        """Empty the prefix cache, so that prompts submitted from now on are computed.
 
-        What runs goes on with the blocks that it has.
+        Running sequences keep their blocks.
         """
 
     async def sleep(self, level: int) -> None:
-        """Give memory back: 1 the KV cache, 2 the weights as well; on a card both either way.
+        """Free memory: level 1 the KV cache, 2 the weights too; on a GPU both levels free both.
 
-        Returns when it has, or when `wake_up` was called meanwhile. What runs is queued again and
-        goes on after `wake_up`; what is submitted meanwhile waits, too. Raises UnavailableError.
+        Returns when that is done, or `wake_up` was called meanwhile. Running sequences are queued
+        again, and continue after `wake_up` with those submitted meanwhile. Raises UnavailableError.
         """
 
     async def wake_up(self) -> None:
-        """Take the memory again. Returns when it has. Harmless where it is awake. Raises as
-        `sleep` does, also where the memory or the weights are not there: it sleeps on then, and may
-        be asked again.
+        """Allocate the memory again; returns when that is done. Does nothing if it is awake.
+
+        Raises UnavailableError, also where the memory or the weights cannot be had; then it stays
+        asleep, and this may be called again.
         """
 
     def stats(self) -> EngineStats:
-        """A snapshot; cheap, raises nothing."""
+        """A snapshot of its figures. It is cheap and never raises."""

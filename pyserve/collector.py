@@ -1,4 +1,4 @@
-"""Python's garbage collector, kept from work that it would only hold up."""
+"""Turns off Python's garbage collector for work that it would only slow down."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Nothing is collected meanwhile, on any thread."""
+    """A context in which no garbage is collected, on any thread."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -21,9 +21,10 @@ def paused() -> Iterator[None]:
 
 @contextmanager
 def imports() -> Iterator[None]:
-    """While large modules are imported: a tenth of that time would go into collections, which find
-    next to nothing. What is there at the end lives as long as the process, and is never looked at
-    again.
+    """A context for importing large modules, in which no garbage is collected.
+
+    Collections would take a tenth of the time and find next to nothing. At the end all objects are
+    frozen, because they live as long as the process and need not be examined again.
     """
     with paused():
         yield

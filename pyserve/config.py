@@ -1,7 +1,7 @@
-"""Settings of one server, frozen before anything is built, and the only reader of the environment.
+"""Settings of one server, and the only reader of the environment.
 
-Derived numbers (num_blocks, the context that fits) are never written back here: whoever computes
-them passes them on.
+Config objects are frozen before anything is built. Derived numbers (num_blocks, the context that
+fits) are never written back to them: whoever computes such numbers passes them on.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ TP_SIZES = (1, 2, 4, 8)  # ranks that may share each layer, on one machine
 MAX_BODY_BYTES = 32 * 2**20
 MAX_QUEUE = 2**20
 ALL = ("*",)
-UNNAMED = "key-"  # and a number: who has a key without a name
+UNNAMED = "key-"  # prefix, before a number, of users whose key has no name
 HALVES = {"half": "float16", "float": "float32"}  # of --dtype
 TASKS = {"embedding": "embed", "classify": "score"}  # of --task, the old name of --runner
 DEMO_MODEL = Path(__file__).parent / "demo"
@@ -60,17 +60,18 @@ DEMO_MODEL = Path(__file__).parent / "demo"
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 _ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[^\s/,]+", re.IGNORECASE)
 _KEY_NAME = re.compile(r"[A-Za-z0-9._-]{1,32}")
-# A key made by `openssl rand -base64 32`: what stands before its last "=" is no name.
+# A key from `openssl rand -base64 32` ends in "=", but the rest of it is not a name.
 _PADDED_BASE64 = re.compile(r"([A-Za-z0-9+/_-]{4}){5,}[A-Za-z0-9+/_-]{2}[A-Za-z0-9+/_=-]=")
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchConfig:
-    """What the command line reads itself: the model's place, what its texts are made of, the log.
+    """What the command line uses itself: the places of the model and its texts, and the log level.
 
-    None stands for: model: the demo model; tokenizer and chat_template: the model's; hf_token: that
-    of the environment, which True asks for.
+    None means for model: the demo model; for tokenizer and chat_template: the model's own; for
+    hf_token: that of the environment, or the one that `hf auth login` has stored, if there is one.
+    hf_token True: there must be one.
     """
 
     GROUP = "model"
@@ -106,20 +107,20 @@ class LaunchConfig:
 
     @property
     def token(self) -> str | bool | None:
-        """What the hub is asked with: hf_token, or that of the environment."""
+        """The token for the hub: hf_token, or that of the environment."""
         return self.hf_token or env("HF_TOKEN") or env("HUGGING_FACE_HUB_TOKEN")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """What the engine is built from. Sizes are tokens unless the name says otherwise.
+    """What the engine is built from. Sizes are in tokens unless the name says otherwise.
 
     model_path   a folder with config.json and, unless load_format is dummy, safetensors
-    answer_ids   of the tokens whose logits make a score, where the model names them by their text
+    answer_ids   ids of the tokens whose logits make a score; (): the model does not name any
 
-    None stands for: max_model_len: the model's own, or what fits; max_num_batched_tokens: what
-    suits the device, see planner.py; kv_cache_memory_bytes: what the planner gives it; max_queue,
-    sequences that wait: 4 * max_num_seqs, and 4096 at least where they are pooled.
+    None means for max_model_len: the model's own, or what fits; for max_num_batched_tokens and
+    kv_cache_memory_bytes: what planner.py chooses; for max_queue, the number of sequences that may
+    wait: 4 * max_num_seqs, and at least 4096 where they are pooled.
     """
 
     GROUP = "engine"
@@ -214,7 +215,7 @@ class EngineConfig:
 
     @property
     def use(self) -> Use:
-        """What runner and convert say together."""
+        """What the model is to be used for: runner, unless convert says it."""
         converted: dict[Convert, Use] = {"embed": "embed", "classify": "score"}
         return converted.get(self.convert, self.runner)
 
@@ -251,31 +252,31 @@ class EngineConfig:
 
     @property
     def num_ranks(self) -> int:
-        """Processes that serve the model together."""
+        """Number of processes that serve the model together."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
     def has_graphs(self) -> bool:
-        """Whether a card records small steps; none in which ranks wait for one another in turn."""
+        """Whether small steps are captured as CUDA graphs on a GPU; not in a pipeline."""
         return not self.enforce_eager and self.pipeline_parallel_size == 1
 
     @property
     def num_adapter_slots(self) -> int:
-        """Different adapters that may run at once; 0: none is served."""
+        """Number of different adapters that may run at once; 0: none is served."""
         if not self.enable_lora:
             return 0
         return self.max_loras or min(max(len(self.lora_modules), 1), DEFAULT_LORAS)
 
     @property
     def num_kept_adapters(self) -> int:
-        """Adapters that the host's memory has room for."""
+        """Number of adapters that are kept in host memory."""
         default = max(DEFAULT_LORAS, self.num_adapter_slots, len(self.lora_modules))
         return self.max_cpu_loras or default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """What the HTTP side is built from; the first served name is used in responses."""
+    """What the HTTP side is built from. Responses use the first of served_model_names."""
 
     GROUP = "server"
 
@@ -364,7 +365,7 @@ class ServerConfig:
         if not self.served_model_names or not all(self.served_model_names):
             raise ConfigError("--served-model-name must hold at least one non-empty name")
         for name in self.served_model_names:
-            if not name.isprintable():  # nor could a response hold it
+            if not name.isprintable():
                 raise ConfigError(f"--served-model-name {name!r} must be of printable characters")
         named_keys(self.api_keys)
         for name, seconds in (
@@ -399,8 +400,10 @@ class ServerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchConfig:
-    """What `run-batch` reads and writes. None stands for: max_inflight: a few more than run at
-    once; output_tmp_dir: the folder of the output.
+    """What `run-batch` reads and writes.
+
+    None means for max_inflight: a quarter more than max_num_seqs; for output_tmp_dir: the folder of
+    the output.
     """
 
     GROUP = "batch"
@@ -420,10 +423,10 @@ class BatchConfig:
 
 
 def named_keys(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """User and key of each value of --api-key: NAME=KEY, or a KEY alone, whose user is "key-1" and
-    so on by its place. A name may have several keys.
+    """(user, key) of each value of --api-key.
 
-    Raises ConfigError, which never shows a key.
+    A value is NAME=KEY, or a KEY alone, whose user is "key-" and its position, counted from 1. A
+    name may have several keys. Raises ConfigError, which never shows a key.
     """
     found: dict[str, str] = {}
     for place, word in enumerate(words, 1):
@@ -439,7 +442,7 @@ def named_keys(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
         if not key:
             raise ConfigError(f"{shown} the key must not be empty")
         if key != key.strip():
-            # Headers are stripped of it, so that no client could ever match.
+            # HTTP headers are stripped of white space, so no client could ever send this key.
             raise ConfigError(f"{shown} the key must not begin or end with white space")
         other = found.setdefault(key, user)
         if other != user and not (other.startswith(UNNAMED) and user.startswith(UNNAMED)):
@@ -455,7 +458,7 @@ def env(name: str) -> str | None:
 class Launched(NamedTuple):
     """What torchrun tells each process that it starts.
 
-    local_index  of this process among those on its machine.
+    local_index  index of this process among those on its machine.
     """
 
     tp_rank: int
@@ -464,7 +467,10 @@ class Launched(NamedTuple):
 
 
 def launched() -> Launched | None:
-    """Where torchrun has started this process, beside others on this machine or on several."""
+    """This process's place among those of torchrun; None if torchrun has not started it.
+
+    Raises ConfigError.
+    """
     if env("TORCHELASTIC_RUN_ID") is None:
         return None
     words = [env(name) or "" for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
@@ -474,7 +480,7 @@ def launched() -> Launched | None:
 
 
 def cache_dir() -> Path:
-    """Where compiled products are kept: PYSERVE_CACHE, else the XDG cache folder."""
+    """The folder of compiled libraries: PYSERVE_CACHE, else `pyserve` in the XDG cache folder."""
     override = env("PYSERVE_CACHE")
     if override is not None:
         return Path(override)

@@ -1,6 +1,7 @@
-"""The file of --config: YAML in which each key is a flag's name, as vLLM has it.
+"""Reads the file of --config: YAML whose keys are names of flags, as in vLLM.
 
-Scalars are handed to the flags as they are written (a name of 007 stays 007); nothing is nested.
+Scalars are passed to the flags as they are written, so a name of 007 stays 007. Values are scalars
+and lists; only flags that take a JSON object may have a nested mapping.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Value = bool | str | list[str]
 
 
 def with_settings(path: Path, argv: list[str]) -> list[str]:
-    """`argv` and the settings of the file that `argv` does not give itself, all as arguments.
+    """`argv`, followed by the settings of the file that `argv` does not contain, as arguments.
 
     Raises ConfigError naming the file and the key.
     """
@@ -54,12 +55,13 @@ def with_settings(path: Path, argv: list[str]) -> list[str]:
         parse(parser, plain_words(parser, added))
     except ConfigError as error:
         raise ConfigError(f"--config {path}: {error}") from None
-    # After the command line: a list at the end of `added` would take the model for an item of its.
+    # The file's arguments come last: before argv, a list at their end would take the model's name
+    # as one of its values.
     return [*words(argv), *added]
 
 
 def read_settings(path: Path) -> dict[str, Value]:
-    """Key -> text, switch or list of texts. Raises ConfigError naming file, line and key."""
+    """Read a file: key -> text, bool or list of texts. Raises ConfigError naming line and key."""
     where = f"--config {path}"
     try:
         with path.open("rb") as file:
@@ -108,7 +110,7 @@ def _value(where: str, node: yaml.Node) -> Value:
 
 
 def _object(where: str, node: yaml.MappingNode) -> str:
-    """As JSON, which is what stands behind such a flag."""
+    """A mapping as JSON text, which is what a flag that takes an object expects."""
     try:
         return json.dumps(yaml.SafeLoader("").construct_document(node), default=str)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError):
@@ -118,24 +120,24 @@ def _object(where: str, node: yaml.MappingNode) -> str:
 def _text(where: str, node: yaml.ScalarNode) -> str:
     text = str(node.value)
     if "\0" in text:
-        raise ConfigError(f"{where} holds a NUL character")  # no argument of a command could
+        raise ConfigError(f"{where} holds a NUL character")  # impossible in a command's arguments
     return text
 
 
 def _arguments(where: str, name: str, action: argparse.Action, value: Value) -> list[str]:
-    """One setting as arguments. Raises ConfigError where its kind does not suit the flag."""
+    """One setting as arguments. Raises ConfigError where its type does not suit the flag."""
     if isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
             raise ConfigError(f"{where} must be true or false")
         return [f"--{name}={str(value).lower()}"]
-    if isinstance(value, bool) and action.nargs == "?":  # its value may be left away
+    if isinstance(value, bool) and action.nargs == "?":  # the flag may have no value
         return [f"--{name}"] if value else []
     if isinstance(value, bool):
         raise ConfigError(f"{where} must be a value, not true or false")
     if action.type is string_list:
         return [f"--{name}={json.dumps(value) if isinstance(value, list) else value}"]
     values = value if isinstance(value, list) else [value]
-    if isinstance(action, argparse._AppendAction):  # also of what begins with a dash
+    if isinstance(action, argparse._AppendAction):  # the form with "=" also allows leading dashes
         return [f"--{name}={item}" for item in values]
     if action.nargs in ("+", "*"):
         if bad := [item for item in values if item.startswith("-")]:

@@ -1,4 +1,4 @@
-"""Several constraints on one sequence at once: the API and the engine both put some together."""
+"""Combines several constraints on one sequence into one; both the API and the engine do that."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # as in client.py
 
 
 class AllOf:
-    """Implements client.Constraint: what none of its parts forbids."""
+    """Implements client.Constraint: allows the tokens that all of its parts allow."""
 
     filler = None
 
@@ -54,11 +54,11 @@ class AllOf:
 
 
 def unconstrained() -> None:
-    """Makes the constraint of an answer that may have any token."""
+    """A maker of constraints that makes none: the answer may have any token."""
 
 
 def all_of(constraints: Sequence[Constraint | None]) -> Constraint | None:
-    """One that is as all of them together; None: every token is allowed."""
+    """One constraint that combines all that are not None; None where there are none."""
     parts = [constraint for constraint in constraints if constraint is not None]
     return AllOf(parts) if len(parts) > 1 else parts[0] if parts else None
 
@@ -66,5 +66,5 @@ def all_of(constraints: Sequence[Constraint | None]) -> Constraint | None:
 def makes_all_of(
     makers: Sequence[Callable[[], Constraint | None]],
 ) -> Callable[[], Constraint | None]:
-    """Makes, for one answer after the other, what all of `makers` make together."""
+    """A maker that calls all `makers` for each answer, and combines what they return."""
     return lambda: all_of([make() for make in makers])

@@ -1,6 +1,6 @@
-"""What a machine is, for `pyserve collect-env` and the benches: nothing is imported for it.
+"""Describes the machine, for `pyserve collect-env` and the benches, without importing torch.
 
-No value of a variable of the environment is told that may be a secret.
+The values of environment variables that may be secrets are not shown.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PROGRAM_TIMEOUT_S = 20.0
 
 
 def describe_machine() -> list[tuple[str, str]]:
-    """Name and value of what a report of a fault should tell, in the order of a page."""
+    """(name, value) of all that a bug report should contain, in the order in which to show it."""
     query = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total,compute_cap")
     rows = [
         ("pyserve", __version__),
@@ -42,7 +42,7 @@ def describe_machine() -> list[tuple[str, str]]:
 
 
 def version_of(package: str) -> str | None:
-    """Of an installed package; None where it is not."""
+    """Version of an installed package; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -50,17 +50,17 @@ def version_of(package: str) -> str | None:
 
 
 def first_line(*command: str) -> str | None:
-    """The first line a program prints; None where it is absent, hangs or fails."""
+    """The first line that a command prints; None where it does not exist, hangs or fails."""
     return next(iter(_lines(*command)), None)
 
 
 def last_line(*command: str) -> str | None:
-    """Likewise the last."""
+    """The last line that a command prints; None where it does not exist, hangs or fails."""
     return next(reversed(_lines(*command)), None)
 
 
 def cpu_name() -> str:
-    """As the system calls it."""
+    """The CPU's model name, or the machine type where the system does not tell that."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -70,7 +70,7 @@ def cpu_name() -> str:
 
 
 def _packages() -> list[str]:
-    """What pyserve depends on; without its metadata, in a bare checkout, torch alone."""
+    """Packages that pyserve depends on; only torch in a checkout that is not installed."""
     try:
         found = metadata.requires("pyserve") or []
     except metadata.PackageNotFoundError:

@@ -1,15 +1,15 @@
-"""Every error a user can meet, in one tree.
+"""All errors that a user can meet, in one tree of classes.
 
-`RequestError` ends one request with an HTTP status; `StartupError` ends the process with one line.
-Messages name the field or file, the value and the limit; never a path inside pyserve, a repr of an
-object or a stack trace. Bugs of ours are plain exceptions and asserts, not part of this tree.
+A `RequestError` ends one request with an HTTP status; a `StartupError` ends the process with one
+line. Messages name the field or file, the value and the limit. They never contain a path inside
+pyserve, a repr of an object or a stack trace. Bugs of ours raise other exceptions and asserts.
 """
 
 from __future__ import annotations
 
 
 class PyserveError(Exception):
-    """Base of all errors that are meant for a user's eyes."""
+    """Base of all errors whose messages are meant for users."""
 
 
 class RequestError(PyserveError):
@@ -31,8 +31,9 @@ class InvalidRequestError(RequestError):
 class ContextError(InvalidRequestError):
     """400: the prompt alone does not fit the context.
 
-    said        how long it is.
-    num_tokens  that it has, at least.
+    said           the end of the message, which says how long the prompt is.
+    num_tokens     number of tokens that the prompt has at least.
+    max_model_len  the context length, in tokens.
     """
 
     def __init__(self, said: str, param: str, *, num_tokens: int, max_model_len: int) -> None:
@@ -83,7 +84,7 @@ class BodyTooLateError(RequestError):
 
 
 class RetryError(RequestError):
-    """What may be asked again after so many seconds, which Retry-After says."""
+    """An error after which the client may retry, after `retry_after_s` seconds (Retry-After)."""
 
     def __init__(self, message: str, retry_after_s: int = 1) -> None:
         super().__init__(message)
@@ -98,37 +99,37 @@ class QueueFullError(RetryError):
 
 
 class TooManyBytesError(RetryError):
-    """429: bodies, or answers that nobody reads, fill their memory."""
+    """429: request bodies, or responses that clients do not read, take too much memory."""
 
     status = 429
     type = "RateLimitError"
 
 
 class UnavailableError(RetryError):
-    """503: not ready, draining, or the engine has stopped."""
+    """503: the server is not ready or is shutting down, or the engine has stopped."""
 
     status = 503
     type = "ServiceUnavailableError"
 
 
 class AbortedError(RequestError):
-    """499: the operator has ended it. No status at which SDKs ask again by themselves."""
+    """499: the operator has aborted the request. SDKs do not retry on this status."""
 
     status = 499
     type = "AbortedError"
 
 
 class EngineError(RequestError):
-    """500: a step failed under this request, or its logits were not numbers."""
+    """500: a step that computed this request failed, or its logits were not numbers."""
 
     status = 500
     type = "InternalServerError"
 
 
 class ChatTemplateError(RequestError):
-    """500: the model's chat template is broken, takes too long or makes too much.
+    """500: the model's chat template is broken, takes too long or makes too much text.
 
-    The client's messages are not at fault, and everything but chats works without a template.
+    The client's messages are not at fault. Only chats need a template; other endpoints still work.
 
     is_timeout  rendering took too long and was given up; with more time it might succeed.
     """
@@ -142,23 +143,26 @@ class ChatTemplateError(RequestError):
 
 
 class DeviceError(EngineError):
-    """500: the GPU failed or hangs; nothing runs on it any more, and the server ends."""
+    """500: the GPU has failed or hangs, so nothing can run on it any more and the server ends."""
 
 
 class StartupError(PyserveError):
-    """Ends the process before it is ready: one line that says what to do, exit code 1."""
+    """Ends the process before it is ready, with one line that says what to do.
+
+    The exit code is 2 where a command refuses it at once, and 1 where the start-up fails later.
+    """
 
 
 class ConfigError(StartupError):
-    """A flag or a value of config.json that cannot be served."""
+    """A flag, or a value of config.json, that is wrong or not supported."""
 
 
 class CheckpointError(StartupError):
-    """A file of the model is missing, truncated, inconsistent or lies about its contents."""
+    """A file of the model is missing, truncated or inconsistent."""
 
 
 class BuildError(StartupError):
-    """The native products are neither in the package nor can they be compiled here."""
+    """The native libraries are not in the package and cannot be compiled here."""
 
 
 class PlanError(StartupError):
@@ -166,11 +170,12 @@ class PlanError(StartupError):
 
 
 def release_frames(error: BaseException) -> None:
-    """Let go of the frames that `error`, which has been answered, was raised through.
+    """Drop the tracebacks of `error`, which has been handled, and of its causes.
 
-    An error that is kept where one of these frames can reach it, as by a future, is a cycle: what
-    the frames hold, the text of a prompt and its million tokens, would stay until the collector
-    comes by, which on a quiet server may be never.
+    A traceback holds the frames that the error was raised through, and so their local variables,
+    such as the text of a prompt and a million tokens. If a frame can reach the error, for example
+    through a future, that is a reference cycle: the memory would stay until the garbage collector
+    runs, which on a quiet server may be never.
     """
     seen: BaseException | None = error
     while seen is not None and seen.__traceback__ is not None:

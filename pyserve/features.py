@@ -1,8 +1,8 @@
-"""What is known by name and not built yet, in one place, by the feature that will build it.
+"""Flags, request fields and paths that are known by name but not built yet, grouped by feature.
 
-A feature is switched on by moving its rows. A flag's goes onto the field of the config object that
-it sets (config.py), and what then has no meaning here into foreign_flags.NO_MEANING. A field's is
-deleted: a field of a wire type works where it has no row. A path's becomes a route.
+When a feature is built, its rows leave this file. The row of a flag moves to the field of the
+config object that it sets (config.py), or to foreign_flags.NO_MEANING if it has no meaning here.
+The row of a request field is deleted, as a field without a row works. A path becomes a route.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from pyserve.foreign_flags import JSON, LIST, SWITCH, VALUE, Flag, plain
 
-# Wire types of requests; both kinds of completions have the fields of SAMPLING.
+# Names of the wire types of requests. SAMPLING is a base of both kinds of completions.
 SAMPLING, CHAT, COMPLETION = "SamplingFields", "ChatRequest", "CompletionRequest"
 TOKENIZE = "TokenizeRequest"
 RESPONSES = "ResponsesRequest"
@@ -23,14 +23,14 @@ POOLING, EMBEDDING = "PoolingFields", "EmbeddingRequest"
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A field of requests: a 400 that names it, unless its value asks for nothing.
+    """A request field that is not built: a 400 that names it, unless its value has no effect.
 
-    of            the wire types, or bases of them, that have it
-    neutral       values, beside null, that ask for nothing
-    is_harmless   whether any other value asks for nothing in this request: it is named in the
-                  header x-pyserve-ignored
-    is_ignored    it is always named there and never refused
-    instead       what to send in its place
+    of            the wire types, or bases of them, that have the field
+    neutral       values, beside null, that have no effect
+    is_harmless   whether another value has no effect in a given request; then the field is not
+                  refused, but named in the header x-pyserve-ignored
+    is_ignored    the field is never refused and always named in that header
+    instead       what to send in its place, for the message
     """
 
     name: str
@@ -41,14 +41,22 @@ class Field:
     instead: str = "leave it out"
 
     def is_neutral(self, value: object) -> bool:
-        """By type too: 0 == False, but `logprobs: 0` asks for something and `false` does not."""
+        """Whether `value` has no effect.
+
+        The types must match, too: 0 == False, but `logprobs: 0` requests logprobs, unlike `false`.
+        """
         others = (other for other in self.neutral if type(other) is type(value))
         return value is None or value in others
 
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """Flags by name, fields of requests, and words: paths, with all that is below them."""
+    """What belongs to one feature that is not built.
+
+    flags   the flags by name, without dashes
+    fields  the request fields
+    paths   paths, separated by spaces; all paths below them belong to the feature, too
+    """
 
     flags: Mapping[str, Flag] = field(default_factory=dict)
     fields: tuple[Field, ...] = ()
@@ -282,7 +290,7 @@ FEATURES: dict[str, Feature] = {
     "repetition detection": Feature(fields=(Field("repetition_detection", (SAMPLING,)),)),
 }  # fmt: skip
 
-# Fields without effect on an answer, whatever is built.
+# Fields that never affect an answer, whatever gets built.
 NO_EFFECT = (
     Field("user", (SAMPLING, POOLING), is_ignored=True),
     Field("metadata", (SAMPLING,), ({},), is_ignored=True),
@@ -300,7 +308,7 @@ PATHS = tuple(path for feature in FEATURES.values() for path in feature.paths.sp
 
 
 def fields_of(wire_type: type) -> dict[str, Field]:
-    """Name -> row, of the fields of a wire type that do not work."""
+    """The fields of a wire type that are not built or have no effect: name -> row."""
     names = {base.__name__ for base in wire_type.__mro__}
     rows = chain(NO_EFFECT, *(feature.fields for feature in FEATURES.values()))
     return {row.name: row for row in rows if not names.isdisjoint(row.of)}

@@ -1,7 +1,7 @@
-"""One row a flag: its name, what may stand behind it, its default, its limits and its help.
+"""Row: all about one flag: its name, values, default, limits and help.
 
-A row stands on the field that the flag sets, of a config object in config.py. The parser of the
-server, that of `plan`, the YAML of --config, the help and the checked settings are made from it.
+A row is attached to the field that the flag sets, of a config class in config.py. The parsers of
+the server and of `plan`, the keys of a --config file, the help and the checks are made from rows.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from typing import Any, NamedTuple
 
 ADAPTERS, REQUESTS, BATCHES = "adapters", "requests and logs", "batches"  # groups of --help
 
-# Read by the C library, the loader or the interpreter before pyserve is.
+# Prefixes of variables that the C library, the dynamic linker or the interpreter reads before
+# pyserve could set them.
 READ_TOO_EARLY = ("LD_", "PYTHON", "MALLOC_", "GLIBC_")
 
 _SIZE = re.compile(r"(-?[0-9]{1,18}(?:\.[0-9]{1,18})?)([kmgtKMGT]?)")
 
 
 class LoraModule(NamedTuple):
-    """An adapter and the name that requests choose it by."""
+    """The name by which requests choose an adapter, and its path or repository."""
 
     name: str
     path: str
@@ -35,18 +36,21 @@ class LoraModule(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One flag. Its name, group, read, metavar and choices follow from its field where left out.
+    """One flag. Where name, group, read, metavar or choices are left out, the field gives them.
 
-    default      of the setting; the flag is a switch where it is a bool
-    help         without the default, which --help adds in brackets: `shown` stands there, where it
-                 is not the default itself
-    name         as it is typed, without the dashes
-    group        of --help; its class's GROUP where it is None
-    read         text -> value, or ArgumentTypeError
-    choices      all that may be said; `synonyms` are further ones -> what they mean
-    limits       the least and the largest value
+    default      default of the setting; if it is a bool, the flag is a switch
+    help         help text without the default, which --help adds in brackets
+    shown        what --help shows in the brackets; None: the default itself
+    name         the flag as it is typed, without the dashes
+    group        its group in --help; None: the GROUP of the config class
+    metavar      what --help calls its value
+    read         converts text to a value. Raises ArgumentTypeError.
+    choices      the values that are allowed; empty: any
+    synonyms     further values that are allowed -> the values that they stand for
+    limits       the smallest and the largest value
     is_negated   the switch turns the setting off
-    short        a further name, with its dash; `also` is one that --help does not show
+    short        a further name, with its dash
+    also         a further name, without dashes, that --help does not show
     options      further arguments for argparse
     """
 
@@ -67,7 +71,7 @@ class Row:
 
     @property
     def dest(self) -> str:
-        """The name of its value among what was parsed."""
+        """Name of the flag's attribute in the parsed arguments."""
         return self.name.replace("-", "_")
 
     @property
@@ -76,19 +80,19 @@ class Row:
 
     @property
     def parsed_default(self) -> Any:
-        """What stands for a flag that was not given; None: what the field's default says."""
+        """The parsed value of a flag that was not given; None: the default of the field applies."""
         return self.default != self.is_negated if self.is_switch else None
 
     @property
     def full_help(self) -> str:
-        """With the default."""
+        """The help text with the default."""
         shown = self.shown
         if shown is None and self.default is not None:
             shown = _as_shown(self.parsed_default if self.is_switch else self.default)
         return f"{self.help} [{shown}]" if shown else self.help
 
     def value(self, said: Any) -> Any:
-        """The setting that `said`, as it was parsed, stands for."""
+        """Convert `said`, the value that argparse returned, to the value of the setting."""
         if self.is_negated:
             return not said
         if isinstance(said, list):
@@ -105,7 +109,10 @@ def _as_shown(default: Any) -> str:
 
 
 def flag(default: Any, help: str, shown: str | None = None, **row: Any) -> Any:
-    """A dataclass's field that a flag sets; `row` are fields of Row. MISSING makes it required."""
+    """A dataclass field that a flag sets; `row` are further fields of its Row.
+
+    default  default of the field; MISSING: the flag is required.
+    """
     known = None if default is dataclasses.MISSING else default
     metadata = {"row": Row(known, help, shown, **row)}
     return dataclasses.field(default=default, metadata=metadata)
@@ -113,7 +120,7 @@ def flag(default: Any, help: str, shown: str | None = None, **row: Any) -> Any:
 
 @cache
 def rows_of(config_class: Any) -> dict[str, Row]:
-    """Field -> row, of the fields of a dataclass that flags set."""
+    """The rows of all fields of a dataclass that flags set: field name -> row."""
     types = typing.get_type_hints(config_class)
     rows = {}
     for field in dataclasses.fields(config_class):
@@ -127,7 +134,7 @@ def rows_of(config_class: Any) -> dict[str, Row]:
 
 
 def _typed(row: Row, kind: Any) -> Row:
-    """`row` with what follows from the type of its field."""
+    """`row`, with choices, read and metavar completed from `kind`, the type of its field."""
     words = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         return dataclasses.replace(row, choices=(*words, *row.synonyms))
@@ -137,13 +144,16 @@ def _typed(row: Row, kind: Any) -> Row:
 
 
 def settings(rows: Mapping[str, Row], args: argparse.Namespace) -> dict[str, Any]:
-    """Field -> value for what was said; what was not is left to the default of the field."""
+    """The settings that were given: field name -> value. Others are left to the field's default."""
     said = {field: getattr(args, row.dest, None) for field, row in rows.items()}
     return {field: rows[field].value(value) for field, value in said.items() if value is not None}
 
 
 def size(text: str) -> int:
-    """A number: 4096, 32k (32,000), 25.6k or 32K (32,768), and m, g and t, as vLLM reads them."""
+    """Read a number such as 4096, 32k (32,000), 25.6k or 32K (32,768), as vLLM does.
+
+    The suffixes m, M, g, G, t and T work likewise.
+    """
     match = _SIZE.fullmatch(text.strip())
     number, suffix = match.groups() if match else ("", "")
     if not match or ("." in number and not suffix.islower()):
@@ -155,22 +165,22 @@ def size(text: str) -> int:
 
 
 def context(text: str) -> int | None:
-    """A size, or "auto" or -1: what fits."""
+    """Read a size as a context length; None for "auto" or -1, which mean what fits."""
     return None if text.strip().lower() in ("auto", "-1") else size(text)
 
 
 def optional_text(text: str) -> str | None:
-    """Nothing and "None" are what vLLM takes for a flag that was not given."""
+    """Read text; None for "" and "None", which count as a flag that was not given, as in vLLM."""
     return None if text in ("", "None") else text
 
 
 def optional_size(text: str) -> int | None:
-    """A size, or as optional_text."""
+    """Read a size; None for "" and "None"."""
     return None if text in ("", "None") else size(text)
 
 
 def quantization(text: str) -> str | None:
-    """A method, by vLLM's names for kernels too; or as optional_text."""
+    """Read a quantization method; None for "" and "None". Also accepts vLLM's "_marlin" names."""
     method = text.removesuffix("_marlin")
     if method not in ("", "None", "awq", "gptq", "compressed-tensors", "fp8"):
         raise argparse.ArgumentTypeError(
@@ -180,9 +190,10 @@ def quantization(text: str) -> str | None:
 
 
 def path(text: str) -> Path | None:
-    """A path, with ~ for the home folder: shells expand it only at the start of a word.
+    """Read a path; None for "None".
 
-    "None" is as optional_text has it; an empty one is refused: it is a path that got lost.
+    ~ is expanded here because shells only expand it at the start of a word, and not after
+    "--flag=". An empty path is refused, as it is probably an unset variable.
     """
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
@@ -195,21 +206,21 @@ def path(text: str) -> Path | None:
 
 
 def url_prefix(text: str) -> str | None:
-    """A path with a slash before it and none behind it."""
+    """Read a URL path; returned with a slash at its start and none at its end, None if empty."""
     prefix = (optional_text(text) or "").strip("/")
     return f"/{prefix}" if prefix else None
 
 
 def key(text: str) -> str:
-    """A secret of clients."""
-    # vLLM takes it for no key at all; as a key it would be easily guessed.
+    """Read an API key. Raises ArgumentTypeError for "None"."""
+    # For vLLM "None" means no key at all. As a key it would be easy to guess.
     if text == "None":
         raise argparse.ArgumentTypeError("must not be None: leave the flag away, or give a key")
     return text
 
 
 def string_list(text: str) -> list[str]:
-    """A JSON list of strings."""
+    """Read a JSON list of strings."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -220,7 +231,7 @@ def string_list(text: str) -> list[str]:
 
 
 def json_object(text: str) -> dict[str, Any] | None:
-    """A JSON object, or as optional_text."""
+    """Read a JSON object; None for "" and "None"."""
     if optional_text(text) is None:
         return None
     try:
@@ -235,7 +246,10 @@ def json_object(text: str) -> dict[str, Any] | None:
 
 
 def lora_module(text: str) -> LoraModule:
-    """NAME=PATH, or JSON such as {"name": "sql", "path": "./sql"} with vLLM's other two keys."""
+    """Read NAME=PATH, or JSON such as {"name": "sql", "path": "./sql"}.
+
+    The JSON may have vLLM's other two keys, base_model_name and is_3d_lora_weight.
+    """
     before, equals, behind = text.partition("=")
     if equals and "," not in text:
         module: dict[str, Any] = {"name": before, "path": behind}
@@ -260,7 +274,7 @@ def lora_module(text: str) -> LoraModule:
 
 
 def assignment(text: str) -> tuple[str, str]:
-    """KEY=VALUE; the value is never shown: it may be a secret."""
+    """Read KEY=VALUE. Errors do not show the value, because it may be a secret."""
     name, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", name, re.ASCII):
         raise argparse.ArgumentTypeError(
@@ -273,7 +287,7 @@ def assignment(text: str) -> tuple[str, str]:
     return name, value
 
 
-# The type of a setting -> what reads it, and what --help calls its value.
+# Type of a setting -> the function that reads it, and what --help calls its value.
 _BY_TYPE: dict[type, tuple[Callable[[str], Any], str | None]] = {
     int: (int, "N"),
     float: (float, "S"),

@@ -1,9 +1,10 @@
-"""Turns what is typed into the one form that argparse reads; vLLM takes more forms than that:
+"""plain_words: converts the forms of arguments that vLLM accepts to the one that argparse reads.
 
+typed                           converted to
 --max_model_len 5               --max-model-len 5
---enable-lora=False             --no-enable-lora; so are --enable-lora false and --disable-lora
---hf-overrides.rope.theta 1     --hf-overrides={"rope.theta": "1"}, where the flag takes JSON;
-                                of our own, {"rope": {"theta": 1}}, and several of them as one
+--enable-lora=False             --no-enable-lora; likewise --enable-lora false and --disable-lora
+--hf-overrides.rope.theta 1     --hf-overrides={"rope.theta": "1"}, for vLLM's flags that take JSON;
+                                for our own {"rope": {"theta": 1}}, and several merged into one
 --help=all                      --help
 """
 
@@ -21,7 +22,7 @@ _OBJECTS = {name: flag for name, flag in (FLAGS | NO_MEANING).items() if flag.fo
 _OWN_OBJECTS = ("default-chat-template-kwargs",)
 DICTIONARIES = {*_OBJECTS, *_OWN_OBJECTS}
 
-# -O was once a name of --compilation-config.
+# Flags whose value is JSON. -O was once a name of --compilation-config.
 _TAKE_JSON = {"-O", *(f"--{name}" for name in DICTIONARIES)} | {
     flag.short for flag in _OBJECTS.values() if flag.short
 }
@@ -31,7 +32,7 @@ _TWINS = (("--enable-", "--disable-"), ("--disable-", "--enable-"))
 
 
 def plain_words(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
-    """`argv` in the form that `parser` reads. Raises ConfigError."""
+    """Convert `argv` to the form that `parser` reads. Raises ConfigError."""
     switches = switch_names(parser)
     words = argv[::-1]
     found: list[str] = []
@@ -81,7 +82,7 @@ def _as_words(entries: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def switch_names(parser: argparse.ArgumentParser) -> dict[str, tuple[str, bool]]:
-    """All that turns a switch on or off -> the switch, and whether it turns it on."""
+    """All spellings of switches: spelling -> (the switch, whether this turns it on)."""
     known = parser._option_string_actions
     switches: dict[str, tuple[str, bool]] = {}
     for action in parser._actions:

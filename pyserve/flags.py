@@ -1,7 +1,8 @@
-"""The flags: what they are called and what each may say.
+"""The parser of the server's flags.
 
-Flag names are vLLM's. A flag that is not built yet is a start error naming it, a flag that has no
-meaning here is accepted with a warning, and an unknown one is an error with the nearest name.
+Flag names are vLLM's. A flag that is not built yet is an error that names it. A flag of vLLM that
+has no meaning here is accepted with a warning. An unknown flag is an error that suggests the
+nearest name.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pyserve.foreign_flags import JSON, LIST, NO_MEANING, SWITCH, Flag
 COMMANDS = ("serve", "plan", "run-batch", "chat", "complete", "bench", "collect-env", "help")
 COMMANDS_OF_VLLM = ("launch", "snapshot", "preload", "download-kernels")
 
-GROUPS = ("model", "engine", ADAPTERS, "server", REQUESTS, BATCHES)  # of --help
+GROUPS = ("model", "engine", ADAPTERS, "server", REQUESTS, BATCHES)  # groups of --help, in order
 LAUNCH, ENGINE, SERVER = rows_of(LaunchConfig), rows_of(EngineConfig), rows_of(ServerConfig)
 BATCH = rows_of(BatchConfig)
 ROWS = {row.name: row for rows in (LAUNCH, ENGINE, SERVER) for row in rows.values()}
@@ -33,7 +34,7 @@ _HELP_WIDTH, _HELP_COLUMN = 100, 38
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    """Parse and check the flags. Raises ConfigError naming the flag at fault."""
+    """Parse and check the server's flags. Raises ConfigError naming the flag at fault."""
     parser = make_parser()
     args = parse(parser, words(argv))
     said = vars(args)
@@ -71,7 +72,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def split_batch(argv: list[str]) -> tuple[BatchConfig, list[str]]:
-    """What `run-batch` is told of its files, and its other arguments, those of the server.
+    """Parse the flags of `run-batch` alone; returns its config and the rest, the server's flags.
 
     Raises ConfigError naming the flag at fault.
     """
@@ -96,7 +97,7 @@ def split_batch(argv: list[str]) -> tuple[BatchConfig, list[str]]:
 
 
 def words(argv: list[str]) -> list[str]:
-    """The arguments of the server in their one form, without the command. Raises ConfigError."""
+    """Remove the command from `argv` and convert the rest with plain_words. Raises ConfigError."""
     if argv[:1] == ["serve"]:
         argv = argv[1:]
     elif argv[:1] == ["help"]:
@@ -107,7 +108,7 @@ def words(argv: list[str]) -> list[str]:
 
 
 def _check_command(word: str) -> None:
-    """Refuse a mistyped command, which would be looked up on the hub as the name of a model."""
+    """Refuse a mistyped command, which would otherwise be taken for a model name on the hub."""
     if word.startswith("-") or os.path.isfile(os.path.join(word, "config.json")):
         return
     if word in COMMANDS_OF_VLLM:
@@ -121,7 +122,7 @@ def _check_command(word: str) -> None:
 
 
 def _asks_for_nothing(flag: Flag, value: object) -> bool:
-    """Whether the value of a flag that is not built is one that changes nothing."""
+    """Whether `value`, of a flag that is not built, would change nothing."""
     if flag.form == JSON and isinstance(value, str):
         with contextlib.suppress(ValueError, RecursionError):
             value = json.dumps(json.loads(value))
@@ -134,7 +135,9 @@ def _asks_for_nothing(flag: Flag, value: object) -> bool:
 
 
 def _check_lists(parser: argparse.ArgumentParser, said: dict[str, Any]) -> None:
-    """Raises ConfigError where a list has taken the name of the model as its last value."""
+    """Raise ConfigError where a flag that takes a list has probably taken the model as its last
+    value.
+    """
     for action in parser._actions:
         value = said.get(action.dest)
         if not value or action.nargs not in ("+", "*", "?") or not action.option_strings:
@@ -155,9 +158,9 @@ def _check_lists(parser: argparse.ArgumentParser, said: dict[str, Any]) -> None:
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """As `parser` says, but what is unknown is an error with the nearest name."""
+    """Parse `argv`. Raises ConfigError, which for an unknown flag suggests the nearest name."""
     for word in argv:
-        if "\0" in word or not _is_encodable(word):  # no value of any flag has these
+        if "\0" in word or not _is_encodable(word):  # valid in no value of any flag
             raise ConfigError(f"{word[:100]!r} holds a character that no flag takes")
     args, unknown = parser.parse_known_args(argv)
     for word in unknown:
@@ -176,8 +179,8 @@ def _is_encodable(text: str) -> bool:
 
 
 def given(argv: list[str]) -> dict[str, Any]:
-    """Only what the arguments say, without defaults: name with underscores -> value."""
-    parse(make_parser(), words(argv))  # answers --help, which shows the defaults
+    """The values of the flags that are given, without defaults: name with underscores -> value."""
+    parse(make_parser(), words(argv))  # handles --help, which needs the defaults removed below
     parser = make_parser()
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -185,7 +188,7 @@ def given(argv: list[str]) -> dict[str, Any]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, but what is wrong is a ConfigError."""
+    """An ArgumentParser that raises ConfigError instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError."""
@@ -193,7 +196,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _HelpLines(argparse.HelpFormatter):
-    """One line a flag."""
+    """Formats --help with one line per flag."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=_HELP_COLUMN, width=_HELP_WIDTH)
@@ -210,12 +213,12 @@ class _HelpLines(argparse.HelpFormatter):
         return ", ".join(names)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        # Python before 3.11 adds the default of a switch, which stands in brackets already.
+        # Python before 3.11 appends the default of a switch, which our help already has.
         return (action.help or "").removesuffix(" (default: %(default)s)")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the server's flags; those of vLLM that are only known by name are hidden."""
+    """Make the parser of the server's flags. vLLM's flags that have no effect here are hidden."""
     parser = Parser(
         prog="python -m pyserve",
         usage="python -m pyserve [serve] [--model MODEL] [flags]\n"
@@ -245,7 +248,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_flag(parser: argparse._ActionsContainer, row: Row) -> None:
-    """One flag as its row says."""
+    """Add the flag that a row describes."""
     names = [f"--{row.name}", *([row.short] if row.short else [])]
     options = {"default": row.parsed_default, "help": row.full_help, **row.options}
     if row.is_switch:
@@ -260,7 +263,7 @@ def _add_silent(parser: argparse.ArgumentParser, name: str, flag: Flag) -> None:
     options: dict[str, Any] = {"dest": name, "default": None, "help": argparse.SUPPRESS}
     if flag.form == SWITCH:
         parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
-    # A missing value is no error of its own: the flag is refused or ignored anyway.
+    # The value may be missing, as the flag is refused or ignored anyway.
     elif flag.form == LIST:
         parser.add_argument(*names, nargs="*", **options)
     else:
@@ -268,13 +271,13 @@ def _add_silent(parser: argparse.ArgumentParser, name: str, flag: Flag) -> None:
 
 
 def refuse_unknown(parser: argparse.ArgumentParser, word: str) -> NoReturn:
-    """Raises ConfigError with the nearest name that `parser` knows."""
+    """Raise ConfigError for an unknown flag, with the nearest name that `parser` knows."""
     name = word.partition("=")[0]
     known = [flag for action in parser._actions for flag in action.option_strings]
     raise ConfigError(f"unknown flag {name[:100]}{nearest(name, known)}")
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """The end of a message about an unknown name."""
+    """The end of a message about an unknown name, which suggests the nearest one; "" if none is."""
     found = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f", did you mean {found[0]}?" if found else ""

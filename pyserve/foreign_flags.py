@@ -1,10 +1,10 @@
-"""Flags of vLLM that have no meaning here, and what is known of any flag that is not ours.
+"""Flag: what is known of a flag of vLLM that is not ours; and those that have no meaning here.
 
-Held against the flags of vLLM 0.7.3, 0.24 and 0.33. A form says what may stand behind a flag:
+They come from vLLM 0.7.3, 0.24 and 0.33. The form of a flag says what values it takes:
 
-    SWITCH  nothing, or true or false; "no-", and "disable-" for "enable-", turn it round
+    SWITCH  none, or true or false; "--no-", or "--disable-" for "--enable-", negates it
     VALUE   one word
-    LIST    one word or more
+    LIST    one or more words
     JSON    one word: an object, or its entries one by one, as --hf-overrides.rope_theta 10000
 """
 
@@ -17,13 +17,13 @@ SWITCH, VALUE, LIST, JSON = "switch", "value", "list", "json"
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """A flag that is known by name: one without meaning gives a warning, others see features.py.
+    """A flag of vLLM that is known by name: it has no meaning here, or is not built (features.py).
 
-    form      what may stand behind it
-    neutral   what asks for nothing: vLLM's default; "None" and nothing at all never ask
-    short     a further name
-    instead   what to do in its place
-    ignored   why it has no effect yet: it gives a warning with these words, and no error
+    form      what values it takes
+    neutral   values that change nothing, such as vLLM's default; "None" and "" always count as such
+    short     a further name, with its dash
+    instead   what to do in its place, for the message
+    ignored   why it has no effect yet: it then gives a warning with this text and no error
     """
 
     form: str
@@ -34,15 +34,15 @@ class Flag:
 
 
 def plain(form: str, names: str) -> dict[str, Flag]:
-    """Rows that say no more than their form."""
+    """Flags of which no more than the form is known; `names` are separated by spaces."""
     return dict.fromkeys(names.split(), Flag(form))
 
 
-# Flags whose effect pyserve always has, or that steer machinery it does not have.
+# Flags whose effect pyserve always has, or that control machinery that it does not have.
 NO_MEANING: dict[str, Flag] = {
-    # Always so here: a keep-alive line every 10 s, a hash of 128 bits and a key for each block.
-    # Tools stay out of the prompt where tool_choice is none. What a reasoning parser needs is its
-    # name.
+    # pyserve always behaves so, or has one fixed way: a keep-alive line every 10 s, hashes of 128
+    # bits with a random key for the blocks, no tools in the prompt where tool_choice is none, and a
+    # reasoning parser that needs no more than its name.
     **plain(
         SWITCH,
         "enable-chunked-prefill enable-prompt-tokens-details enable-request-id-headers "
@@ -50,14 +50,14 @@ NO_MEANING: dict[str, Flag] = {
         "enable-reasoning enable-sleep-mode exclude-tools-when-tool-choice-none",
     ),
     **plain(VALUE, "sse-keep-alive-interval prefix-caching-hash-algo config-format"),
-    # Never so here: code of a model does not run, prompts and outputs are not logged, there is no
-    # log of accesses and no Cohere endpoint.
+    # pyserve never does these: it runs no code of models, logs no prompts and outputs, and has no
+    # access log and no Cohere endpoint.
     **plain(
         SWITCH,
         "trust-remote-code enable-log-deltas disable-uvicorn-access-log cohere-is-reasoning-model",
     ),
     **plain(VALUE, "max-log-len disable-access-log-for-endpoints uvicorn-log-level cohere-format"),
-    # Of machinery that is not here. One name is misspelt in vLLM as well.
+    # These control machinery that pyserve does not have. One name is misspelt in vLLM as well.
     **plain(
         SWITCH,
         "disable-custom-all-reduce disable-fastapi-docs worker-use-ray "

@@ -1,8 +1,8 @@
-"""A small HTTP/1.1 and SSE client, built to cost little beside the server it talks to.
+"""A small HTTP/1.1 and SSE client that uses little CPU beside the server that it talks to.
 
-One `Connection` carries one exchange at a time and is kept alive between exchanges. Bytes are
-parsed where they arrive (asyncio.Protocol); no task runs per frame. Every reply ends in a `Reply`:
-success or `error`, never an exception and never silence.
+A `Connection` carries one exchange at a time and is kept alive between exchanges. Bytes are parsed
+as they arrive (asyncio.Protocol), so no task runs per frame. Every exchange ends in a `Reply`, with
+its `error` set if it failed; exchanges do not raise.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Usage(msgspec.Struct):
 
 
 class Message(msgspec.Struct):
-    """A chat delta or a whole chat message; servers call its thinking one or the other."""
+    """A chat delta or a whole chat message. Servers use one of two names for its reasoning."""
 
     role: str | None = None
     content: str | None = None
@@ -51,7 +51,7 @@ class Choice(msgspec.Struct):
 
 
 class Body(msgspec.Struct):
-    """A streamed frame or a whole response: the fields that a bench looks at."""
+    """A streamed frame or a whole response, with the fields that are used here."""
 
     choices: list[Choice] = []
     usage: Usage | None = None
@@ -63,12 +63,18 @@ _decode_body = msgspec.json.Decoder(Body).decode
 
 @dataclass(slots=True)
 class Reply:
-    """All that is known about one exchange. Times are `time.perf_counter` seconds.
+    """All that is known about one exchange. Times are in `time.perf_counter` seconds.
 
-    chunk_times    arrival of every frame that can carry tokens: chat's role frame and the usage
-                   frame do not count. One frame may hold several tokens: `num_output_tokens` says
-                   how many there were.
-    texts          choice index -> text, filled where the connection keeps text.
+    status         HTTP status; 0: there was no response.
+    chunk_times    arrival of each frame that can carry tokens, so not of chat's role frame and the
+                   usage frame. A frame may hold several tokens; see `num_output_tokens`.
+    finish_reasons, texts
+                   choice index -> finish reason, and text where the connection keeps it.
+    body           the body, unless it is a stream.
+    is_done        a stream has ended with [DONE], or a whole body has arrived.
+    is_unanswered  the server closed the connection without sending a byte.
+    error          what went wrong; None: nothing.
+    retry_after_s  seconds in the Retry-After header; None: there was none.
     """
 
     started_s: float
@@ -79,14 +85,14 @@ class Reply:
     finish_reasons: dict[int, str] = field(default_factory=dict)
     texts: dict[int, str] = field(default_factory=dict)
     body: bytes = b""
-    is_done: bool = False  # the stream's [DONE], or a whole body
-    is_unanswered: bool = False  # the server closed the connection without a byte
+    is_done: bool = False
+    is_unanswered: bool = False
     error: str | None = None
-    retry_after_s: int | None = None  # the header
+    retry_after_s: int | None = None
 
     @property
     def num_output_tokens(self) -> int:
-        """From `usage`; a server that sends none is counted by frames, which is a lower bound."""
+        """Output tokens by `usage`; without that the number of frames, which is a lower bound."""
         return self.usage.completion_tokens if self.usage else len(self.chunk_times)
 
     @property
@@ -97,7 +103,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where the server is, and what every request carries."""
+    """The address of a server, and the API key that every request carries."""
 
     host: str
     port: int
@@ -107,7 +113,7 @@ class Endpoint:
 
     @classmethod
     def parse(cls, url: str, api_key: str | None = None) -> Endpoint:
-        """From http(s)://host[:port][/prefix]; a trailing /v1 belongs to the routes."""
+        """Parse http(s)://host[:port][/prefix][/v1]. Raises ValueError."""
         parts = urlsplit(url if "//" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"not an http(s) address: {url}")
@@ -120,7 +126,7 @@ class Endpoint:
         self, method: str, path: str, body: dict[str, Any] | bytes | None = None,
         headers: Mapping[str, str] = MappingProxyType({}),
     ) -> bytes:  # fmt: skip
-        """One whole HTTP request; a body of bytes is JSON already."""
+        """The bytes of one HTTP request; a body of bytes is JSON already."""
         payload = body if isinstance(body, bytes) else b""
         if isinstance(body, dict):
             payload = msgspec.json.encode(body)
@@ -134,7 +140,11 @@ class Endpoint:
 
 
 class Connection(asyncio.Protocol):
-    """One connection; at most one exchange in flight."""
+    """One connection, with at most one exchange in flight.
+
+    has_text    collect the text of streamed choices in Reply.texts.
+    on_choices  called with the choices of each frame of a stream.
+    """
 
     def __init__(
         self, *, has_text: bool, on_choices: Callable[[list[Choice]], None] | None = None
@@ -151,7 +161,7 @@ class Connection(asyncio.Protocol):
         cls, endpoint: Endpoint, *, has_text: bool = False,
         on_choices: Callable[[list[Choice]], None] | None = None,
     ) -> Connection:  # fmt: skip
-        """Raises OSError. `on_choices` is called with what each frame of a stream holds."""
+        """Connect to `endpoint`. Raises OSError."""
         loop = asyncio.get_running_loop()
         context = ssl.create_default_context() if endpoint.is_tls else None
         _, connection = await loop.create_connection(
@@ -164,7 +174,7 @@ class Connection(asyncio.Protocol):
 
     @classmethod
     async def over(cls, sock: socket.socket) -> Connection:
-        """Over a socket that is connected already."""
+        """A connection over a socket that is connected already."""
         loop = asyncio.get_running_loop()
         _, connection = await loop.create_connection(lambda: cls(has_text=False), sock=sock)
         return connection
@@ -175,13 +185,16 @@ class Connection(asyncio.Protocol):
 
     @property
     def reply(self) -> Reply | None:
-        """The exchange in flight, as far as it has come."""
+        """The reply of the exchange in flight, as far as it has arrived; None: there is none."""
         return self._reply
 
     async def exchange(self, request: bytes, *, started_s: float, timeout_s: float | None) -> Reply:
-        """Send `request`, wait for the end of its answer; None: however long that takes.
+        """Send `request` and wait for the end of its reply, which says if it failed.
 
-        Cancelling closes the socket.
+        started_s  becomes Reply.started_s.
+        timeout_s  None: there is no timeout.
+
+        Cancelling closes the connection.
         """
         assert self._reply is None, "one exchange at a time"
         reply = self._reply = Reply(started_s)
@@ -218,13 +231,13 @@ class Connection(asyncio.Protocol):
             return
         reply.is_unanswered = not self._head_is_read and not self._buffer
         if self._remaining is None and self._head_is_read and not self._is_chunked:
-            self._end_of_body()  # delimited by the close
+            self._end_of_body()  # the close ends a body without a length
         else:
             self._end(f"connection lost after {len(reply.chunk_times)} frames ({exc or 'closed'})")
 
     def data_received(self, data: bytes) -> None:
         if self._reply is None:
-            self.close()  # bytes nobody asked for: the connection cannot be trusted any more
+            self.close()  # bytes without a request, so the connection cannot be trusted any more
             return
         try:
             self._parse(data)
@@ -234,13 +247,13 @@ class Connection(asyncio.Protocol):
     # -- HTTP ---------------------------------------------------------------------------------
 
     def _reset_parser(self) -> None:
-        self._buffer = b""  # bytes not yet parsed: part of the head or of a chunk's frame
-        self._line = b""  # an SSE line whose end has not come
+        self._buffer = b""  # bytes not parsed yet: a part of the headers or of a chunk's framing
+        self._line = b""  # an SSE line whose end has not arrived
         self._head_is_read = False
         self._is_chunked = False
         self._is_sse = False
         self._keep_alive = True
-        self._remaining: int | None = None  # of the body or of the chunk; None: not known
+        self._remaining: int | None = None  # bytes left of the body or chunk; None: not known
 
     def _parse(self, data: bytes) -> None:
         now = time.perf_counter()
@@ -283,7 +296,7 @@ class Connection(asyncio.Protocol):
             self._remaining = int(headers["content-length"])
 
     def _parse_chunks(self, data: bytes, now: float) -> None:
-        """Chunked transfer coding (RFC 9112 section 7.1); trailers are skipped, not read."""
+        """Parse chunked transfer coding (RFC 9112 section 7.1). Trailers are ignored."""
         position = 0
         while True:
             if self._remaining is None:
@@ -299,18 +312,18 @@ class Connection(asyncio.Protocol):
                         self._end_of_body()
                     return
                 position = line_end + 2
-                self._remaining = size + 2  # with its closing CR LF
+                self._remaining = size + 2  # with the CR LF at its end
             piece = data[position : position + self._remaining]
             position += len(piece)
             self._remaining -= len(piece)
-            # The last two bytes of a chunk are its CR LF; a piece may end inside them.
+            # A chunk ends in CR LF, and a piece may end between these two bytes.
             self._feed(piece[:-2] if self._remaining == 0 else self._without_crlf(piece), now)
             if self._remaining:
                 return
             self._remaining = None
 
     def _without_crlf(self, piece: bytes) -> bytes:
-        """The piece without a CR that belongs to the chunk's end, which is still to come."""
+        """`piece` without the CR of the chunk's end, if only the LF of that is still missing."""
         if self._remaining == 1 and piece:
             self._buffer, self._remaining = piece[-1:], 2
             return piece[:-1]
@@ -367,7 +380,7 @@ class Connection(asyncio.Protocol):
         self._end(error, is_reusable=self._keep_alive)
 
     def _end(self, error: str | None, *, is_reusable: bool = False) -> None:
-        """The exchange is over. Only a body read to its end leaves a connection to reuse."""
+        """End the exchange, and close the connection unless it `is_reusable`."""
         reply = self._reply
         if reply is None:
             return
@@ -406,7 +419,7 @@ async def fetch(
     *,
     timeout_s: float = 30.0,
 ) -> Reply:
-    """One exchange on a connection of its own, GET without a body and POST with one."""
+    """One exchange on a connection of its own: GET without a body, else POST. Does not raise."""
     started_s = time.perf_counter()
     try:
         connection = await asyncio.wait_for(Connection.open(endpoint, has_text=True), timeout_s)
@@ -421,14 +434,16 @@ async def fetch(
 
 
 def _carries_tokens(choices: list[Choice]) -> bool:
-    """False for a frame that only opens a chat message: `{"role": "assistant", "content": ""}`."""
+    """Whether a frame may hold tokens: not if it only opens a chat message, with a role and an
+    empty content.
+    """
     choice = choices[0]
     delta = choice.delta
     return delta is None or delta.role is None or bool(delta.content or choice.finish_reason)
 
 
 def _error_text(body: bytes) -> str:
-    """The message of an OpenAI error body, else the body itself, shortened."""
+    """The message of an OpenAI error body, or else the body itself, shortened."""
     text = body.decode("utf-8", "replace")
     try:
         decoded = msgspec.json.decode(body)

@@ -1,8 +1,8 @@
-"""The one logging set-up: short lines on stderr; libraries are heard from WARNING on.
+"""Logging: short lines on stderr. Libraries log from WARNING on.
 
-Logging never waits for the reader of the log: a thread writes the lines, and those that do not fit
-its queue are left out and counted. A paused terminal or a log collector that hangs costs lines, not
-answers.
+Logging never blocks on a slow reader of the log: a thread writes the lines, and lines that do not
+fit its queue are dropped and counted. So a paused terminal or a hanging log collector costs lines,
+but does not delay answers.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import TextIO
 MAX_WAITING_LINES = 2_000
 MAX_WAITING_CHARS = 2**20
 FLUSH_S = 1.0  # how long an ending process waits for the reader of its last lines
-# Before the second and later lines of a message: text from outside must not look like a line of the
-# log.
+# Indents the second and later lines of a message, so that text from outside cannot imitate a log
+# line.
 CONTINUED = "    "
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def setup(level: str, prefix: str = "") -> None:
-    """Log from `level` ("debug", "info", ...) on; calling it again replaces the earlier set-up.
+    """Log from `level` ("debug", "info", ...) on. Calling it again replaces the earlier set-up.
 
-    prefix  of each message: which process says it.
+    prefix  put before each message, to tell which process logs it.
     """
     root = logging.getLogger()
     flush()
@@ -43,12 +43,12 @@ def setup(level: str, prefix: str = "") -> None:
 
 
 def get_logger() -> logging.Logger:
-    """The logger of everything in pyserve."""
+    """The logger that all of pyserve uses."""
     return logging.getLogger("pyserve")
 
 
 def flush(timeout_s: float = FLUSH_S) -> None:
-    """Wait until all lines so far are written, timeout_s at most. For a process that ends."""
+    """Wait until all lines so far are written, for at most timeout_s. For a process that ends."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _QueueHandler):
             handler.writer.wait_empty(timeout_s)
@@ -57,7 +57,7 @@ def flush(timeout_s: float = FLUSH_S) -> None:
 def draw(text: str, *, is_optional: bool = True) -> None:
     """Write text as it is, such as a progress bar.
 
-    is_optional   it is left out while earlier text waits to be written.
+    is_optional  drop the text if earlier text still waits to be written.
     """
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _QueueHandler):
@@ -65,7 +65,7 @@ def draw(text: str, *, is_optional: bool = True) -> None:
 
 
 def printable(text: str) -> str:
-    r"""`text` with its control characters as escapes such as \x1b; line feeds and tabs stay."""
+    r"""`text` with control characters escaped, such as \x1b; line feeds and tabs are kept."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
@@ -91,7 +91,7 @@ class _QueueHandler(logging.Handler):
             self.handleError(record)
 
     def flush(self) -> None:
-        """logging.shutdown() calls this at the end of the process."""
+        """Wait for the writer; logging.shutdown() calls this at the end of the process."""
         self.writer.wait_empty(FLUSH_S)
 
 
@@ -108,7 +108,7 @@ class _Writer:
         self._thread: threading.Thread | None = None
 
     def put(self, text: str) -> None:
-        """Never waits for the stream: beyond the bounds, text is left out and counted."""
+        """Queue text without waiting for the stream; beyond the limits, drop and count it."""
         with self._changed:
             if len(self._texts) >= MAX_WAITING_LINES or self._num_chars >= MAX_WAITING_CHARS:
                 self._num_dropped += 1
@@ -116,7 +116,7 @@ class _Writer:
                 self._append(text)
 
     def offer(self, text: str) -> None:
-        """As `put`, but left out, and not counted, while anything else waits to be written."""
+        """Queue text, unless other text still waits to be written; then drop it uncounted."""
         with self._changed:
             if not self._texts and not self._is_writing:
                 self._append(text)
@@ -134,7 +134,7 @@ class _Writer:
         self._texts.append(text)
         self._num_chars += len(text)
         if self._thread is None:
-            # A daemon: a reader that never comes back must not keep the process.
+            # A daemon thread, so that a reader that hangs for ever does not keep the process alive.
             self._thread = threading.Thread(target=self._run, name="log", daemon=True)
             self._thread.start()
         self._changed.notify_all()
@@ -157,20 +157,20 @@ class _Writer:
 
 
 def _write(stream: TextIO, text: str) -> None:
-    """Write all of `text`, however long the reader takes; give up where the reader has gone."""
+    """Write all of `text`, however long the reader takes; give up if the reader has gone."""
     try:
         number = stream.fileno()
-    except (OSError, ValueError):  # a stream without a file, as tests have, or a closed one
+    except (OSError, ValueError):  # the stream has no file, as in tests, or is closed
         with suppress(ValueError):
             stream.write(text)
         return
-    # Not through the stream's buffer: its lock, held by this thread while it waits, would end the
-    # interpreter's shutdown with an error.
+    # This bypasses the stream's buffer: if this thread held the buffer's lock while it waits, the
+    # interpreter's shutdown would fail with an error.
     rest = text.encode(errors="backslashreplace")
     while rest:
         try:
             rest = rest[os.write(number, rest) :]
-        except BlockingIOError:  # somebody made it non-blocking: a terminal shared with a shell
+        except BlockingIOError:  # another process, such as the shell, has made it non-blocking
             time.sleep(0.05)
         except OSError:
             return

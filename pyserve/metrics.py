@@ -1,7 +1,8 @@
-"""What /metrics shows: vLLM's names, old and new, so that its dashboards work; ours as pyserve:.
+"""Metrics: the contents of /metrics, under vLLM's names, old and new, so that its dashboards work.
 
-Gauges and token counters are read from the engine when somebody asks: nothing is counted twice.
-The engine observes once a step, the API once a sequence and once a request: never once a token.
+Metrics that vLLM does not have begin with pyserve:. Gauges and token counters are read from the
+engine on each request for /metrics, so nothing is counted twice. The engine observes once per step,
+the API once per sequence and once per request; nothing is observed once per token.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ from pyserve.histogram import (
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 LABELS = ("model_name", "engine")
-SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")  # by level
-MAX_ADAPTERS = 16  # that a label names
-DEFAULT_MAX_TOKENS = 2**17  # of the token histograms, until an engine is watched
+SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")  # indexed by sleep level
+MAX_ADAPTERS = 16  # adapter names in one label
+DEFAULT_MAX_TOKENS = 2**17  # largest bucket of the token histograms, until an engine is watched
 
 
 @dataclass(slots=True)
 class KeyUsage:
-    """What the API keys of one name were used for: requests that ended, and their tokens."""
+    """Usage of the API keys of one name: requests that have ended, and their tokens."""
 
     num_requests: int = 0
     num_prompt_tokens: int = 0
@@ -48,14 +49,14 @@ class KeyUsage:
 
 
 class Metrics(Collector):
-    """All series of one server, in a registry of its own.
+    """All metrics of one server, in a registry of their own.
 
-    A sequence is what vLLM's names call a request: each choice of each prompt is one.
+    What vLLM's names call a request is a sequence here: each choice of each prompt is one.
     """
 
     def __init__(self, model_name: str) -> None:
-        self.num_finished = dict.fromkeys(FINISHED_REASONS, 0)  # sequences
-        self.num_requests = {"finished": 0, "aborted": 0, "failed": 0}  # that were submitted
+        self.num_finished = dict.fromkeys(FINISHED_REASONS, 0)  # ended sequences by finish reason
+        self.num_requests = {"finished": 0, "aborted": 0, "failed": 0}  # submitted requests by end
         self.usage_by_key: dict[str, KeyUsage] = {}
         self.num_responses: Counter[int] = Counter({200: 0, 400: 0, 429: 0, 500: 0, 503: 0})
         self.time_to_first_token_s = Histogram(FIRST_TOKEN_BUCKETS_S)
@@ -77,36 +78,38 @@ class Metrics(Collector):
         ProcessCollector(registry=self._registry)
 
     def add(self, collector: Collector) -> None:
-        """Show the series of `collector` too."""
+        """Add the metrics of `collector`."""
         self._registry.register(collector)
 
     def watch(self, stats: Callable[[], EngineStats], info: EngineInfo) -> None:
-        """Read the engine's figures from here on; without it they are absent."""
+        """Add the engine's metrics, read by `stats`. Until this is called they are absent."""
         self._stats = stats
         self._info = info
         self._size_token_histograms(info.max_model_len)
 
     def watch_loop(self, lag_s: Callable[[], float]) -> None:
-        """Read how late the event loop has been, in seconds, from here on."""
+        """Add the lag of the event loop, read by `lag_s` in seconds."""
         self._loop_lag_s = lag_s
 
     def watch_responses(self, sizes: Callable[[], tuple[int, int, int]]) -> None:
-        """Read how many responses are stored, in how many bytes, and how many more run in the
-        background, from here on.
+        """Add the sizes of the response store, read by `sizes`.
+
+        It returns the number of stored responses, their bytes, and the number of responses that
+        run in the background.
         """
         self._responses = sizes
 
     def count_usage_of(self, key_names: Iterable[str]) -> None:
-        """Show the use of the API keys of these names, and of no others, from here on."""
+        """Count the usage of the API keys of these names, and of no others."""
         self.usage_by_key = {name: KeyUsage() for name in key_names}
 
     def observe_usage(
         self, key_name: str, *, num_prompt_tokens: int, num_output_tokens: int
     ) -> None:
-        """Account for a request that was submitted and has ended, with a key of this name.
+        """Count a request that was submitted and has ended, for the API key's name.
 
-        A prompt counts once, whatever its n, as in the answer's `usage`. Without API keys there is
-        nobody to account for.
+        A prompt counts once, whatever n is, as in the response's `usage`. Nothing is counted for
+        names that `count_usage_of` was not given.
         """
         usage = self.usage_by_key.get(key_name)
         if usage is not None:
@@ -123,12 +126,15 @@ class Metrics(Collector):
         max_tokens: int,
         e2e_s: float,
     ) -> None:
-        """Account for a sequence that has ended by `reason`, one of FINISHED_REASONS."""
+        """Record a sequence that has ended by `reason`, one of FINISHED_REASONS.
+
+        e2e_s  seconds from the arrival of its request to its end.
+        """
         self.num_finished[reason] += 1
         self.e2e_latency_s.observe(e2e_s)
         self.prompt_tokens.observe(stream.num_prompt_tokens)
         self.generation_tokens.observe(num_output_tokens)
-        if stream.pooled is None:  # else nothing is to be generated
+        if stream.pooled is None:  # a pooled sequence generates nothing
             self.params_max_tokens.observe(max_tokens)
         ended_s, scheduled_s = stream.ended_s, stream.scheduled_s
         self.queue_time_s.observe((scheduled_s or ended_s) - stream.queued_s)
@@ -145,7 +151,10 @@ class Metrics(Collector):
             self.request_time_per_output_token_s.observe(decode_s / (num_output_tokens - 1))
 
     def observe_prompt(self, n: int, max_output_tokens: int) -> None:
-        """Account for a prompt whose `n` choices have ended; max_output_tokens: of the longest."""
+        """Record a prompt whose `n` choices have ended.
+
+        max_output_tokens  output tokens of the longest choice.
+        """
         self.params_n.observe(n)
         self.max_num_generation_tokens.observe(max_output_tokens)
 
@@ -154,7 +163,7 @@ class Metrics(Collector):
         return generate_latest(self._registry)
 
     def collect(self) -> Iterable[Metric]:
-        """Called by the registry, also once when it is made."""
+        """Yield all metrics. Called by the registry, also once when this is registered."""
         yield from self._histograms()
         yield from self._requests()
         if self._loop_lag_s is not None:
@@ -342,6 +351,6 @@ class Metrics(Collector):
 
 
 def _joined(names: Sequence[str]) -> str:
-    """The first of them, as a label holds no more."""
+    """`names` for a label; beyond MAX_ADAPTERS only how many more there are."""
     more = [f"and {len(names) - MAX_ADAPTERS} more"] if len(names) > MAX_ADAPTERS else []
     return ",".join([*names[:MAX_ADAPTERS], *more])

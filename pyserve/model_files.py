@@ -1,6 +1,7 @@
-"""The one way to read a file of a model. A stranger wrote it; libraries may fail on it in any way.
+"""Reads files of models, which come from strangers and may make libraries fail in any way.
 
-Only regular files are read, and bounded: a pipe would never end, and /dev/zero would fill memory.
+Only regular files are read, and only up to a size: a pipe might never end, and /dev/zero would fill
+the memory.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from pyserve.errors import CheckpointError, PyserveError
 from pyserve.log import get_logger
 
-MAX_TEXT_BYTES = 128 * 2**20  # of any file but weights; the largest tokenizers have 40 MB
+MAX_TEXT_BYTES = 128 * 2**20  # any file but weights; the largest tokenizers have 40 MB
 MAX_REASON_CHARS = 200
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]").search
@@ -25,10 +26,10 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]").search
 
 @contextmanager
 def guarded(where: str) -> Iterator[None]:
-    """Turn what a library raises about a file into a CheckpointError that names `where`.
+    """A context that turns what a library raises into a CheckpointError that names `where`.
 
-    This includes a panic of a library in Rust, which is no Exception. Our own errors pass as they
-    are.
+    That includes panics of libraries in Rust, which are not Exceptions. Our own errors pass
+    unchanged.
     """
     try:
         yield
@@ -42,23 +43,26 @@ def guarded(where: str) -> Iterator[None]:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a library in Rust has panicked. Its class cannot be imported: the name tells."""
+    """Whether `error` is a panic of a library in Rust, by its name: no import gives its class."""
     return type(error).__name__ == "PanicException"
 
 
 def reason_of(error: BaseException) -> str:
-    """One line of what a library's error says."""
+    """The first line of a library's error message, shortened."""
     line = str(error).strip().partition("\n")[0][:MAX_REASON_CHARS]
     return line or type(error).__name__
 
 
 def open_regular(path: Path) -> int:
-    """A file descriptor to read from. Raises FileNotFoundError, else CheckpointError."""
+    """Open a regular file; returns a file descriptor for reading.
+
+    Raises FileNotFoundError where it does not exist, and CheckpointError for all else.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:  # a name that the system refuses is either
+    except (OSError, ValueError) as error:  # an invalid name raises one or the other
         reason = (isinstance(error, OSError) and error.strerror) or "no name of a file"
         raise CheckpointError(f"{shown(path)}: cannot be read: {reason}") from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -68,7 +72,9 @@ def open_regular(path: Path) -> int:
 
 
 def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes | None:
-    """What a file holds, at most `limit` bytes; None where there is no file."""
+    """The contents of a file; None where there is none. Raises CheckpointError, also where it has
+    more than `limit` bytes.
+    """
     try:
         fd = open_regular(path)
     except FileNotFoundError:
@@ -84,7 +90,10 @@ def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes | None:
 
 
 def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str | None:
-    """The text in a file, without a byte order mark; None where there is no file."""
+    """The text of a UTF-8 file without a byte order mark; None where there is no file.
+
+    Raises CheckpointError.
+    """
     content = read_bytes(path, limit)
     try:
         return None if content is None else content.decode("utf-8-sig")
@@ -93,13 +102,13 @@ def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str | None:
 
 
 def read_object(path: Path, limit: int = MAX_TEXT_BYTES) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no file."""
+    """The JSON object in a file; None where there is no file. Raises CheckpointError."""
     content = read_bytes(path, limit)
     return None if content is None else decode_object(content, str(path))
 
 
 def read_list(path: Path, limit: int = MAX_TEXT_BYTES) -> list[Any] | None:
-    """The JSON list in a file; None where there is no file."""
+    """The JSON list in a file; None where there is no file. Raises CheckpointError."""
     content = read_bytes(path, limit)
     if content is None:
         return None
@@ -110,7 +119,10 @@ def read_list(path: Path, limit: int = MAX_TEXT_BYTES) -> list[Any] | None:
 
 
 def decode_object(text: bytes, where: str) -> dict[str, Any]:
-    """A JSON object, as Python writes it: NaN and Infinity are numbers, for readers to refuse."""
+    """Decode a JSON object. Raises CheckpointError, which names `where`.
+
+    Like Python's json it accepts NaN and Infinity; whoever reads the values must refuse those.
+    """
     value = _decode(text, where)
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: must hold a JSON object, not {type(value).__name__}")
@@ -128,7 +140,7 @@ def _decode(text: bytes, where: str) -> Any:
 
 
 def _refuse_surrogates(value: object, where: str) -> None:
-    """Refuse halves of a surrogate pair: no library accepts them in text."""
+    """Raise CheckpointError for unpaired surrogates, which no library accepts in text."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -144,6 +156,6 @@ def _refuse_surrogates(value: object, where: str) -> None:
 
 
 def shown(path: Path, limit: int = 1000) -> str:
-    """A path as a message shows it."""
+    """A path for a message, cut to `limit` characters."""
     text = str(path)
     return text if len(text) <= limit else f"{text[:limit]}..."

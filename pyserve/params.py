@@ -1,8 +1,8 @@
-"""SamplingParams: what the engine needs to know about how one sequence is sampled and stopped.
+"""SamplingParams: how the engine samples and stops one sequence.
 
-Validated on construction, so that nothing behind the API ever checks a range again. The engine
-knows no EOS: whoever builds the params resolves EOS, `ignore_eos` and the model's own defaults
-into `stop_token_ids`.
+The values are validated on construction, so that nothing behind the API has to check their ranges
+again. The engine does not know EOS: whoever makes the params puts the EOS tokens, unless
+`ignore_eos` is set, and the model's defaults into `stop_token_ids`.
 """
 
 from __future__ import annotations
@@ -15,33 +15,38 @@ from pyserve.limits import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, TO
 MAX_TOP_K = 2**31 - 1
 INT32_MAX = 2**31 - 1
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
-# The device computes in float32: below these a value would become 0 or its effect infinite.
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0  # of a sampled sequence; 0 is greedy
+# The device computes in float32. Below the minima here a value would become 0, or its effect
+# infinite.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0  # of a sequence that is not greedy (0)
 MIN_TOP_P = 1e-9
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
-MAX_SHOWN_CHARS = 24  # of a number in a message
+MAX_SHOWN_CHARS = 24  # a longer number is shortened in messages
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How one sequence is sampled.
 
-    temperature       0 is greedy, else at least 0.01; scales logits before top-k, top-p and min-p.
-    top_k             number of most likely tokens kept; 0 keeps all.
-    top_p             smallest set of tokens whose probability reaches top_p; in [1e-9, 1].
-    min_p             drops tokens less likely than min_p times the most likely; in [0, 1].
-    repetition_penalty, presence_penalty, frequency_penalty
-                      the first over prompt and output (Keskar et al. 2019), the others over output.
-    logit_bias        token id -> value added to its logit, in [-100, 100].
-    seed              None draws a fresh one; sample_index separates the n choices of one request.
-    max_tokens        output tokens at most, at least 1.
+    max_tokens        maximum number of output tokens, at least 1.
+    temperature       0 is greedy, else in [0.01, 2]; scales logits before top-k, top-p and min-p.
+    top_k             number of most likely tokens that are kept; 0 keeps all.
+    top_p             keeps the most likely tokens until their probability reaches top_p; in
+                      [1e-9, 1].
+    min_p             drops tokens less likely than min_p times the most likely one; in [0, 1].
+    repetition_penalty
+                      penalty on tokens of prompt and output (Keskar et al. 2019), in [0.01, 100].
+    presence_penalty, frequency_penalty
+                      OpenAI's penalties on tokens of the output, in [-2, 2].
+    logit_bias        token id -> value that is added to its logit, in [-100, 100].
+    seed              seed of the random numbers; None: a fresh one.
+    sample_index      number of the choice of one request, which makes the n choices differ.
     min_tokens        stop_token_ids cannot be sampled before this many output tokens.
-    stop_token_ids    ids that end the sequence; the id itself is the last output token.
-    allowed_token_ids no other token is sampled, a stop token neither; None: all are allowed.
-    bad_words         token ids of each, and none of them empty: the last may not follow the others
-                      in the output.
+    stop_token_ids    tokens that end the sequence; the token itself is the last output token.
+    allowed_token_ids only these tokens can be sampled, also as stop tokens; None: all tokens.
+    bad_words         sequences of token ids, none of them empty; the last token of one may not
+                      follow its other tokens in the output.
     num_logprobs, num_prompt_logprobs
-                      how many of the most likely tokens are told beside each output token, and
-                      beside each prompt token; None: nothing is told.
+                      report logprobs of the output tokens, or of the prompt tokens, with so many of
+                      the most likely tokens beside each; None: report none.
 
     Raises InvalidRequestError naming the field, the value and the limit.
     """
@@ -103,7 +108,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidRequestError(
                 "allowed_token_ids is empty: it must allow at least 1 token", "allowed_token_ids"
             )
-        if len(self.bad_words) > 2 * MAX_BAD_WORDS:  # at the beginning of a text and inside one
+        # A word makes two sequences: as it is at the beginning of a text, and inside a text.
+        if len(self.bad_words) > 2 * MAX_BAD_WORDS:
             raise InvalidRequestError(
                 f"bad_words make {len(self.bad_words)} token sequences, "
                 f"the limit is {2 * MAX_BAD_WORDS}",
@@ -114,12 +120,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def has_logprobs(self) -> bool:
-        """True where anything is asked about how likely tokens are."""
+        """Whether logprobs of output or prompt tokens are requested."""
         return self.num_logprobs is not None or self.num_prompt_logprobs is not None
 
     @property
     def has_penalties(self) -> bool:
-        """True where sampling needs to know which tokens the sequence holds."""
+        """Whether a penalty applies, so that sampling needs to know the sequence's tokens."""
         return (
             self.repetition_penalty != 1.0
             or self.presence_penalty != 0.0
@@ -128,7 +134,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def shown(value: float) -> str:
-    """A number of the client's, for a message: it may have thousands of digits."""
+    """A number from the client for a message; shortened, as it may have thousands of digits."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:8]}... ({len(text)} digits)"
 
@@ -141,5 +147,5 @@ def _check(name: str, value: float, low: float, high: float, beside: str = "") -
         )
 
 
-# Of a sequence that is pooled: it ends where its first token would be drawn.
+# The parameters of a pooled sequence, which ends where its first token would be sampled.
 POOLED = SamplingParams(max_tokens=1)

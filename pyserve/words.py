@@ -4,5 +4,5 @@ from __future__ import annotations
 
 
 def counted(number: int, noun: str) -> str:
-    """ "1 request", "0 requests"; for nouns whose plural is made with an s."""
+    """A number with its noun, as "1 request" or "0 requests", for nouns whose plural ends in s."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
