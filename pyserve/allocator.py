@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from typing import Final
 
-MAX_FAST, TRIM_THRESHOLD, MMAP_THRESHOLD = 1, -1, -3  # of mallopt, from malloc.h
+MAX_FAST, TRIM_THRESHOLD, MMAP_THRESHOLD = 1, -1, -3  # mallopt's parameters, from malloc.h
 # Both thresholds: how much free memory an arena keeps at its end, and the size from which on a
 # block is mapped from the system instead of taken from an arena. With a quarter of this, steps on
 # a CPU would map and unmap memory all the time.

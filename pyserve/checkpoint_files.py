@@ -17,7 +17,7 @@ LENGTH_BYTES = 8  # a safetensors file begins with its header's length, a little
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_NAME_BYTES = 255  # of a file name, as in most file systems
-MAX_SHOWN_CHARS = 200  # of a tensor's name in a message
+MAX_SHOWN_CHARS = 200  # a longer name of a tensor is cut in messages
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 DEMO_MODEL_NAME = "pyserve-demo"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-SWITCH_INTERVAL_S = 1e-4  # bench/notes.md, "The interpreter's lock"
+SWITCH_INTERVAL_S = 1e-4  # measured: see "The interpreter's lock" in bench/notes.md
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -312,7 +312,7 @@ class SequenceStream:
         if self._logprobs:
             delta.logprobs, self._logprobs = self._logprobs, []
         if self._error is not None:
-            self._wakeup.set()  # the next call raises
+            self._wakeup.set()  # the reader must call again, which then raises
         else:
             delta.finish_reason = self._finish_reason
             delta.stop_token_id = self._stop_token_id
@@ -355,7 +355,7 @@ class EngineInfo:
     max_model_len: int  # tokens, prompt and output together
     vocab_size: int  # token ids are in [0, vocab_size)
     max_num_seqs: int
-    block_size: int  # tokens a KV block
+    block_size: int  # tokens per KV block
     num_blocks: int
     dtype: str
     device: str

@@ -53,8 +53,8 @@ MAX_BODY_BYTES = 32 * 2**20
 MAX_QUEUE = 2**20
 ALL = ("*",)
 UNNAMED = "key-"  # prefix, before a number, of users whose key has no name
-HALVES = {"half": "float16", "float": "float32"}  # of --dtype
-TASKS = {"embedding": "embed", "classify": "score"}  # of --task, the old name of --runner
+HALVES = {"half": "float16", "float": "float32"}  # further values of --dtype
+TASKS = {"embedding": "embed", "classify": "score"}  # values of --task, --runner's old name
 DEMO_MODEL = Path(__file__).parent / "demo"
 
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")

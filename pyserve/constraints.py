@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pyserve.client import Constraint
 
-if TYPE_CHECKING:  # as in client.py
+if TYPE_CHECKING:  # numpy is slow to import, see client.py
     import numpy as np
     from numpy.typing import NDArray
 

@@ -67,7 +67,7 @@ def plain_words(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
 
 
 def _enter(entries: dict[str, Any], path: list[str], text: str) -> None:
-    """Put a value in its place: what JSON it is, else the text itself."""
+    """Set the value at `path` in nested `entries`: `text` decoded as JSON, or `text` itself."""
     for key in path[:-1]:
         inner = entries.setdefault(key, {})
         entries = inner if isinstance(inner, dict) else entries

@@ -191,7 +191,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises ConfigError instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises ConfigError."""
+        """Called by argparse for each error. Raises ConfigError."""
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 

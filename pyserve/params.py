@@ -74,7 +74,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             _check("temperature", self.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE, "0 or ")
         _check("top_p", self.top_p, MIN_TOP_P, 1.0)
         _check("min_p", self.min_p, 0.0, 1.0)
-        _check("top_k", self.top_k, 0, MAX_TOP_K)  # 0 keeps all
+        _check("top_k", self.top_k, 0, MAX_TOP_K)
         _check(
             "repetition_penalty",
             self.repetition_penalty,
@@ -140,7 +140,7 @@ def shown(value: float) -> str:
 
 
 def _check(name: str, value: float, low: float, high: float, beside: str = "") -> None:
-    if not low <= value <= high:  # a NaN fails
+    if not low <= value <= high:  # also true for a NaN
         raise InvalidRequestError(
             f"{name} must be {beside}in [{shown(low)}, {shown(high)}], got {shown(value)}",
             name.split("[")[0],

@@ -1,4 +1,4 @@
-"""Wording that messages share."""
+"""Wording that is used in many messages."""
 
 from __future__ import annotations
 

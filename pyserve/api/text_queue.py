@@ -159,7 +159,7 @@ class TextQueue:
             call = _trimmed(work.function, work.num_bytes)
 
             def on_end(future: Future[Any], work: _Work = work) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop is closed
+                with contextlib.suppress(RuntimeError):  # raised if the loop is closed
                     loop.call_soon_threadsafe(self._end, work, future)
 
             self._threads.submit(call).add_done_callback(on_end)

@@ -89,7 +89,7 @@ class RepoCache:
         path.unlink(missing_ok=True)
         try:
             path.symlink_to(os.path.relpath(blob, path.parent))
-        except OSError:  # a file system without links
+        except OSError:  # the file system has no links, so the blob itself moves there
             os.replace(blob, path)
 
     def drop_partials(self, keep: set[str]) -> None:

@@ -48,7 +48,7 @@ class UnreachableError(StartupError):
 class RemoteFile(msgspec.Struct, frozen=True):
     """One file of a repository at one commit."""
 
-    name: str  # path in the repository
+    name: str  # its path in the repository
     size: int
     etag: str  # checksum of the contents, see ETAG
 

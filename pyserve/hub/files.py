@@ -29,7 +29,7 @@ TEXTS = (
     "chat_template.jinja", "chat_template.json", "modules.json",
 )  # fmt: skip
 MORE_TEMPLATES = re.compile(r"additional_chat_templates/[\w-][\w.-]*\.jinja")
-MODULES = re.compile(r"[0-9]{1,2}_[A-Za-z]{1,40}/config\.json")  # of sentence-transformers
+MODULES = re.compile(r"[0-9]{1,2}_[A-Za-z]{1,40}/config\.json")  # a module of sentence-transformers
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any one of them is enough
 
 FIRST_BYTES = 64 * 1024  # read first of each file, as most headers are shorter

@@ -23,9 +23,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def add_cors(app: web.Application, config: ServerConfig) -> None:
-    """Answer preflight requests in the outermost middleware, and add CORS headers to all responses.
+    """Add a middleware that answers preflight requests, and CORS headers to all other responses.
 
-    Preflights come before the check of API keys because browsers send no key with them.
+    The middleware comes before the check of API keys, as browsers send no key with a preflight.
     """
     policy = _Policy(config)
 

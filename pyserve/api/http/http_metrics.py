@@ -32,8 +32,8 @@ class HttpMetrics(Collector):
 
     def __init__(self, root_path: str) -> None:
         self._root_path = root_path
-        self._num_requests: Counter[tuple[str, str, str]] = Counter()  # handler, method, status
-        self._duration_s: dict[tuple[str, str], Histogram] = {}  # handler, method
+        self._num_requests: Counter[tuple[str, str, str]] = Counter()  # by handler, method, status
+        self._duration_s: dict[tuple[str, str], Histogram] = {}  # by handler, method
         self._fine_duration_s = Histogram(HTTP_FINE_BUCKETS_S)
 
     @contextmanager

@@ -181,7 +181,7 @@ class HttpProtocol(web.RequestHandler):
         """
         is_gone = self.inner_user is not None  # our own client never shuts down one side alone
         if is_gone or self.is_tls or self.is_idle or self._is_receiving:
-            return False  # closes the connection
+            return False
         self.has_ended = True
         self._connections.watch(self)
         return True
@@ -318,7 +318,7 @@ async def listening(
     options: dict[str, Any] = {
         "access_log": None,
         "lingering_time": bounds.LINGERING_TIME_S,
-        "auto_decompress": False,  # a compressed body is refused
+        "auto_decompress": False,  # compressed bodies are refused
         "keepalive_timeout": bounds.KEEP_ALIVE_S,
         "max_line_size": bounds.MAX_FIELD_BYTES,
         "max_field_size": bounds.MAX_FIELD_BYTES,
