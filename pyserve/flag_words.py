@@ -52,7 +52,7 @@ def plain_words(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
                 value = words.pop()
             if head[2:] in _OWN_OBJECTS:
                 entries.setdefault(head, {})
-                _enter(entries[head], path.split("."), value)
+                _enter(entries[head], path.split("."), value, name=name)
             else:
                 found.append(f"{head}={json.dumps({path: value})}")
         elif head in switches and not dot:
@@ -66,11 +66,17 @@ def plain_words(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
     return [*found, *_as_words(entries)]
 
 
-def _enter(entries: dict[str, Any], path: list[str], text: str) -> None:
-    """Set the value at `path` in nested `entries`: `text` decoded as JSON, or `text` itself."""
+def _enter(entries: dict[str, Any], path: list[str], text: str, *, name: str) -> None:
+    """Set the value at `path` in nested `entries`: `text` decoded as JSON, or `text` itself.
+
+    Raises ConfigError, with the flag's `name`, where a part of the path has a value that is not an
+    object.
+    """
     for key in path[:-1]:
         inner = entries.setdefault(key, {})
-        entries = inner if isinstance(inner, dict) else entries
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{name[:100]}: {key[:100]} is {json.dumps(inner)[:100]} already")
+        entries = inner
     try:
         entries[path[-1]] = json.loads(text)
     except (ValueError, RecursionError):

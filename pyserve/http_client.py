@@ -130,7 +130,8 @@ class Endpoint:
         payload = body if isinstance(body, bytes) else b""
         if isinstance(body, dict):
             payload = msgspec.json.encode(body)
-        lines = [f"{method} {self.prefix}{path} HTTP/1.1", f"Host: {self.host}:{self.port}"]
+        host = f"[{self.host}]" if ":" in self.host else self.host  # an address of IPv6
+        lines = [f"{method} {self.prefix}{path} HTTP/1.1", f"Host: {host}:{self.port}"]
         if self.api_key:
             lines.append(f"Authorization: Bearer {self.api_key}")
         if body is not None:

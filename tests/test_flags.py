@@ -230,6 +230,8 @@ def test_every_form_of_an_object_of_ours() -> None:
         )
         words = [f"{spelt}.a_b.c", "false", f"{spelt}.a_b.d=x", f"{spelt}.e", "1.5"]
         assert value_of(name, *words) == {"a_b": {"c": False, "d": "x"}, "e": 1.5}
+        with pytest.raises(ConfigError, match=f"^--{name}.a.b: a is 1 already$"):
+            read([f"--{name}.a", "1", f"--{name}.a.b", "2"])
     with pytest.raises(ConfigError, match=f"--{name}.a needs a value"):
         read([f"--{name}.a"])
 

@@ -163,6 +163,13 @@ def test_addresses(url: str, expected: Endpoint) -> None:
     assert Endpoint.parse(url) == expected
 
 
+@pytest.mark.parametrize(
+    ("host", "shown"), [("example.com", "example.com:80"), ("::1", "[::1]:80")]
+)
+def test_the_host_header_names_the_address(host: str, shown: str) -> None:
+    assert f"\r\nHost: {shown}\r\n".encode() in Endpoint(host, 80).encode("GET", "/")
+
+
 def test_a_wrong_address_is_refused() -> None:
     with pytest.raises(ValueError, match="ftp://h"):
         Endpoint.parse("ftp://h")

@@ -285,10 +285,8 @@ def _record(number: int, reply: Reply, num_asked: int, late_s: float) -> Request
     error = reply.error
     if error is None and num_output_tokens == 0:
         error = "an answer without a token"
-    times = reply.chunk_times
-    if len(times) > num_output_tokens:
-        # More frames than tokens: a separate last frame, which only ends the stream, has no token.
-        times = times[:num_output_tokens] if reply.usage else times
+    # There may be one frame more than tokens: a last one that only ends the stream.
+    times = reply.chunk_times[:num_output_tokens]
     return RequestRecord(
         number=number,
         started_s=reply.started_s,
