@@ -52,14 +52,15 @@ enum WorkWord : int32_t {
 // the same numbers.
 struct AttentionDevice {
   int32_t num_sms;
-  int32_t decode_ctas_per_sm;  // 1 or 2
+  int32_t decode_ctas_per_sm;  // 1 to kMaxDecodeCtasPerSm
 };
+constexpr int kMaxDecodeCtasPerSm = 2;
 constexpr int kMaxDecodeRanges = 1024;
 
 constexpr AttentionDevice attention_device(const Device& device) {
   // A decode CTA takes 64 KB for the keys and values in flight and 16.5 KB for the rest, and the
   // driver reserves 1 KB per CTA.
-  return {device.num_sms, device.smem_per_sm >= 164 * 1024 ? 2 : 1};
+  return {device.num_sms, device.smem_per_sm >= 164 * 1024 ? kMaxDecodeCtasPerSm : 1};
 }
 
 // The number of ranges into which the decode items of a step are divided for each KV head. One CTA
