@@ -14,7 +14,7 @@ from aiohttp import web
 from pyserve import any_json
 from pyserve.api.endpoints import responses_background
 from pyserve.api.endpoints.answer import Dialect, Head, answer
-from pyserve.api.endpoints.body import SHORT_BODY_BYTES, Wire
+from pyserve.api.endpoints.body import SHORT_BODY_BYTES, Wire, ignored_header, merged_header
 from pyserve.api.endpoints.chat_job import chat_job
 from pyserve.api.endpoints.responses_answer import Answering, ResponseFrames, encode_response
 from pyserve.api.endpoints.responses_history import (
@@ -72,7 +72,8 @@ async def create_response(request: web.Request) -> web.StreamResponse:
         head = Head(ID_PREFIX + hex_id, int(time.time()), state.name_in_answers(body.model))
         temperature = 1.0 if body.temperature is None else body.temperature
         answering = Answering(asked, temperature, body.top_p or 1.0, is_kept, keep)
-        return await _send_failed(request, ResponseFrames(answering, head), error)
+        headers = ignored_header(list(map(asked.renamed, [*ignored, *asked.ignored])))
+        return await _send_failed(request, ResponseFrames(answering, head), error, headers)
     job = msgspec.structs.replace(job, request_id=hex_id)
     params = job.params[0]
     answering = Answering(asked, params.temperature, params.top_p, is_kept, keep)
@@ -99,7 +100,9 @@ async def count_input_tokens(request: web.Request) -> web.StreamResponse:
     asked, _ = await _read(request, state, body, "")
     with asked.renamed.errors():
         job = await _job(request, state, loaded, asked, ignored)
-    return json_response(InputTokens(input_tokens=len(job.prompts[0].token_ids)))
+    count = InputTokens(input_tokens=len(job.prompts[0].token_ids))
+    headers = ignored_header(job.ignored) | merged_header(job.merged)
+    return json_response(count, headers)
 
 
 async def retrieve_response(request: web.Request) -> web.StreamResponse:
@@ -221,7 +224,7 @@ def _read_all(
 
 
 async def _send_failed(
-    request: web.Request, frames: ResponseFrames, error: RequestError
+    request: web.Request, frames: ResponseFrames, error: RequestError, headers: dict[str, str]
 ) -> web.StreamResponse:
     """Answer 200 with a stream that fails before its first token.
 
@@ -229,7 +232,7 @@ async def _send_failed(
     conversation and try again, whereas they would give up on a 400.
     """
     said = stream.Said(frames.begin() + frames.failed(error))
-    return await stream.send(request, said, headers={})
+    return await stream.send(request, said, headers=headers)
 
 
 async def _job(

@@ -83,19 +83,28 @@ def test_both_ends_exclude_each_other(server: Server) -> None:
         assert error["param"] == "continue_final_message" and "exclude" in error["message"]
 
 
-@pytest.mark.parametrize("path", [CHAT, TOKENIZE, "/v1/responses", "/v1/messages"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        CHAT, TOKENIZE, "/v1/responses", "/v1/messages", "/v1/responses/input_tokens",
+        "/v1/messages/count_tokens",
+    ],
+)  # fmt: skip
 def test_what_was_done_to_the_order_is_said(server: Server, path: str) -> None:
     """The same in every dialect."""
     use(server, IN_TURNS)
     turns = [*MESSAGES, {"role": "system", "content": "be kind"}]
-    name = "input" if path == "/v1/responses" else "messages"
+    name = "input" if path.startswith("/v1/responses") else "messages"
     fields = {"max_tokens": 8} if path == "/v1/messages" else {}
     server.engine.submitted.clear()
     status, headers, reply = server.request("POST", path, {name: turns, **fields})
     assert (status, headers.get("x-pyserve-merged")) == (200, "system, turns"), reply
     text = server.tokenizer.encode("[I]hi\n\nbe kind[/I]", add_special_tokens=False)
-    ids = [item.prompt for item in server.engine.submitted] or [json.loads(reply)["tokens"]]
-    assert ids == [text]
+    if "input_tokens" in (counted := json.loads(reply)):
+        assert counted["input_tokens"] == len(text)
+    else:
+        ids = [item.prompt for item in server.engine.submitted] or [counted["tokens"]]
+        assert ids == [text]
     _, headers, _ = server.request("POST", path, {name: turns[:1], **fields})
     assert "x-pyserve-merged" not in headers
 

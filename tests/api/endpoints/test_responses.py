@@ -393,6 +393,9 @@ def test_a_stream_tells_that_the_conversation_is_too_long(talking: Server) -> No
     assert error["code"] == events[-1]["code"] == "context_length_exceeded"
     assert f"maximum context length is {CONTEXT} tokens" in error["message"]
     assert events[-1]["param"] == "input"
+    body = ask(input="fox " * 5000, mood=1, stream=True)
+    status, headers, _ = talking.request("POST", RESPONSES, body)
+    assert (status, headers["x-pyserve-ignored"]) == (200, "mood")
 
 
 def test_ignored_fields_are_named(talking: Server) -> None:

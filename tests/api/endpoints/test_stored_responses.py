@@ -190,6 +190,8 @@ def test_input_tokens(talking: Server) -> None:
     assert counted == {"object": "response.input_tokens", "input_tokens": usage["input_tokens"]}
     error = talking.error(f"{RESPONSES}/input_tokens", ask(input=[{"type": 1}]))
     assert error["param"] == "input[0].type"
+    status, headers, _ = talking.request("POST", f"{RESPONSES}/input_tokens", ask(mood=1))
+    assert (status, headers["x-pyserve-ignored"]) == (200, "mood")
 
 
 def test_another_key_s_response_is_not_there(keyed: Server) -> None:
