@@ -242,16 +242,17 @@ def _encode_pair(
         return token_ids
     for _ in range(MAX_CUTS):
         excess = len(token_ids) - cut.limit
-        if excess <= 0:
-            return token_ids
+        if excess <= 0 or not document:
+            break
         num_tokens = len(tokenizer.encode(document, add_special_tokens=False))
         keep = prompts.Truncation(max(num_tokens - excess, 0), cut.is_start_kept)
         document = _shortened(tokenizer, document, keep)
         token_ids = template.encode(query, document, instruction)
     if len(token_ids) > cut.limit:
+        num_tokens = len(tokenizer.encode(document, add_special_tokens=False))
         raise InvalidRequestError(
-            f"truncate_prompt_tokens is {cut.limit}, and the prompt has {len(token_ids)} tokens "
-            "when all that can be cut of its document is gone",
+            f"truncate_prompt_tokens is {cut.limit}, and the prompt still has {len(token_ids)} "
+            f"tokens with its document cut to {num_tokens} tokens",
             "truncate_prompt_tokens",
         )
     return token_ids

@@ -6,12 +6,15 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from pyserve.api.endpoints import prompts as cuts
+from pyserve.api.endpoints.scores import _encode_pair
 from pyserve.client import PoolingInfo
+from pyserve.errors import InvalidRequestError
 from tests.api.fakes import CONTEXT, MODEL, Server, run_server
 from tests.waiting import wait_until
 
@@ -163,6 +166,32 @@ def test_what_is_cut_is_the_document(ranker: Server) -> None:
     assert "the end" + BEHIND in prompts(ranker)[-1] and "good" not in prompts(ranker)[-1]
     error = ranker.error(RERANK, {"query": "q", "documents": ["a"], "truncate_prompt_tokens": 9})
     assert error["param"] == "truncate_prompt_tokens" and "is 9, and" in error["message"]
+    assert error["message"].endswith("its document cut to 0 tokens")
+
+
+def test_the_error_says_how_far_a_document_was_cut() -> None:
+    class Growing:
+        """A token per character; what is decoded has one more than it was made from."""
+
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return list(text.encode())
+
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return "d" * (len(ids) + 1)
+
+    class Joined:
+        def encode(self, query: str, document: str, instruction: str | None) -> list[int]:
+            return list((query + document).encode())
+
+    with pytest.raises(InvalidRequestError) as raised:
+        _encode_pair(
+            cast(Any, Growing()), cast(Any, Joined()), ("qq", "d" * 10), None,
+            cut=cuts.Truncation(5, is_start_kept=True), max_tokens=None,
+        )  # fmt: skip
+    assert raised.value.message == (
+        "truncate_prompt_tokens is 5, and the prompt still has 6 tokens with its document cut to "
+        "4 tokens"
+    )
 
 
 BAD: list[tuple[str, dict[str, Any], str, str]] = [
