@@ -215,8 +215,8 @@ def read_item(item: Object, path: str, unknown: Names) -> Item | None:
 
 
 def _note_unknown(item: Object, fields: frozenset[str], prefix: str, unknown: Names) -> None:
-    for name in item.keys() - fields:
-        if item[name] not in _NOTHING:
+    for name, value in item.items():
+        if name not in fields and value not in _NOTHING:
             unknown.add(prefix + name[:MAX_NAME_CHARS])
 
 

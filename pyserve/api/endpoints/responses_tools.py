@@ -122,8 +122,8 @@ def _functions(
         if kind not in _FIELDS or (kind == "namespace" and namespace is not None):
             unknown.add(f"tools.{kind[:MAX_NAME_CHARS]}")
             continue
-        for name in tool.keys() - _FIELDS[kind]:
-            if tool[name] is not None:
+        for name, value in tool.items():
+            if name not in _FIELDS[kind] and value is not None:
                 unknown.add(f"tools.{name[:MAX_NAME_CHARS]}")
         if kind == "namespace":
             outer = _convert(tool, NamespaceTool, own_path)

@@ -186,7 +186,7 @@ def _compile(
         Raises `late` if that takes longer than MAX_TRIALS_S, and the first refusal if none passes.
         """
         began_s = time.monotonic()
-        for name in schemas.keys() - refused.keys():
+        for name in [name for name in schemas if name not in refused]:
             try:
                 trial(name)
             except InvalidRequestError as error:

@@ -125,8 +125,8 @@ def _check_references(name: str, schema: Any) -> None:
         if not isinstance(inner, dict):
             continue
         stack += inner.values()
-        for keyword in inner.keys() & set(REFERENCES):
-            where = inner[keyword]
+        for keyword in REFERENCES:
+            where = inner.get(keyword)
             if isinstance(where, str) and not _IN_DEFINITIONS.match(where):
                 raise UnsayableError(f"{where[:80]} in {name[:80]} leads out of the definitions")
 

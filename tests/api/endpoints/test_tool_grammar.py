@@ -6,12 +6,14 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jsonschema
 import pytest
 
-from pyserve.text.grammar import MAX_SPEC_BYTES
+from pyserve.api.endpoints import tool_grammar
+from pyserve.errors import InvalidRequestError
+from pyserve.text.grammar import MAX_SPEC_BYTES, Compiled, Tags
 from tests.api.fakes import TEMPLATE, Server, asking_health, least, run_server
 from tests.api.tool_talk import (
     CALL,
@@ -386,3 +388,25 @@ def test_many_tools_take_little_time(server: Server) -> None:
         status, _, reply = server.request("POST", CHAT, ask(tools=tools, tool_choice="required"))
         assert status == 400 and json.loads(reply)["error"]["param"] in ("messages", "tools")
         assert time.process_time() - began < 5.0
+
+
+def test_tools_are_tried_in_the_order_of_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their trials have a time limit, so the order decides which tools are reached."""
+    names = [f"tool_{n * 7 % 40}" for n in range(40)]
+    tried: list[str] = []
+
+    class Refusing:
+        def compile(self, spec: Tags) -> Compiled:
+            tried.append(spec.param)
+            raise InvalidRequestError("no", spec.param)
+
+    def look(schema: object, *, param: str) -> None:
+        tried.append(param)
+
+    monkeypatch.setattr(tool_grammar, "engine_schema", look)
+    places = {name: place for place, name in enumerate(names)}
+    schemas: dict[str, dict[str, Any]] = {name: {} for name in names}
+    with pytest.raises(InvalidRequestError, match="the tool tool_0: no"):
+        tool_grammar._compile(cast(Any, Refusing()), lambda schemas: {}, schemas, places)
+    fields = [f"tools[{place}].function.parameters" for place in range(40)]
+    assert tried == [*fields, "tools", *fields]
