@@ -82,15 +82,16 @@ def with_tool_messages(body: T) -> tuple[T, frozenset[int]]:
     translated = list(messages)
     ids: dict[str, str] = {}  # name of a function -> id made for its latest call
     for i in sorted(places):
-        translated[i] = _with_tools(messages[i], f"messages[{i}]", ids)
+        translated[i] = _with_tools(messages[i], i, ids)
     return msgspec.structs.replace(body, messages=translated), places
 
 
-def _with_tools(message: Message, path: str, ids: dict[str, str]) -> Message:
-    """Translate one message with an old field; adds the id of its call to `ids`.
+def _with_tools(message: Message, index: int, ids: dict[str, str]) -> Message:
+    """Translate message number `index`, which has an old field; adds the id of its call to `ids`.
 
-    path  the message's place, as "messages[3]".
+    Raises InvalidRequestError naming the field.
     """
+    path = f"messages[{index}]"
     call = message.function_call
     if call is not None:
         if message.tool_calls:
@@ -98,7 +99,7 @@ def _with_tools(message: Message, path: str, ids: dict[str, str]) -> Message:
                 f"{path}.function_call and {path}.tool_calls say the same: leave function_call out",
                 f"{path}.function_call",
             )
-        call_id = ids[call.name] = f"call_{len(ids)}_{path[9:-1]}"
+        call_id = ids[call.name] = f"call_{len(ids)}_{index}"
         return msgspec.structs.replace(
             message, function_call=None, tool_calls=[MessageCall(call, call_id, "function")]
         )
