@@ -15,7 +15,7 @@ from aiohttp import web
 from pyserve.api.endpoints import prompts
 from pyserve.api.endpoints.answer import Dialect, Head, answer
 from pyserve.api.endpoints.body import Wire
-from pyserve.api.endpoints.pooling import pooling_job, read_truncation
+from pyserve.api.endpoints.pooling import MIN_LENGTH, pooling_job, read_truncation
 from pyserve.api.generation.generate import Choice, Generation
 from pyserve.api.state import STATE
 from pyserve.api.wire.pooling import ENCODINGS, Embedding, EmbeddingRequest, EmbeddingResponse
@@ -31,7 +31,6 @@ WIRE = Wire(EmbeddingRequest)
 # Encoded JSON without vectors contains this once. No string can contain it: quotes are escaped.
 NO_DATA = b'"data":[]'
 GROUP = 128  # vectors held as Python numbers at a time: 13 MB for vectors of 4,096 numbers
-MIN_LENGTH = 1e-12  # smallest divisor when a vector is normalised, as in torch's normalize
 
 
 @dataclass(frozen=True, slots=True)

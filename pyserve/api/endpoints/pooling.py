@@ -16,6 +16,7 @@ from pyserve.params import POOLED
 from pyserve.text.detokenizer import Detokenizer
 
 NO_ENDING = Ending(stop=[], is_stop_kept=False, eos_token_id=None, min_tokens=0)
+MIN_LENGTH = 1e-12  # smallest divisor when a vector is normalised, as in torch's normalize
 WHOLE_CONTEXT = -1  # the value of truncate_prompt_tokens that stands for max_model_len
 
 

@@ -128,7 +128,7 @@ def read_token_ids(
         value = [cast("list[int]", value)]
     if not 1 <= len(value) <= MAX_SEQUENCES:
         raise InvalidRequestError(
-            f"{name} must hold 1 to {MAX_SEQUENCES} {name}s, got {len(value)}", name
+            f"{name} must hold 1 to {MAX_SEQUENCES} entries, got {len(value)}", name
         )
     if not all(value):
         raise InvalidRequestError(f"{name} must not be empty", name)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pyserve.api.endpoints import prompts
+from pyserve.api.endpoints.pooling import MIN_LENGTH
 from pyserve.api.generation.generate import Generation
 from pyserve.api.state import Loaded
 from pyserve.api.wire.protocol import MAX_SEQUENCES
 from pyserve.errors import InvalidRequestError
-
-MIN_LENGTH = 1e-12  # smallest divisor when a vector is normalised, as in torch's normalize
 
 
 class Similarity:
