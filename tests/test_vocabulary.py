@@ -116,6 +116,7 @@ FOREIGN_BOOLS: dict[str, str] = {
     "api/wire/protocol.py": "OpenAI's and vLLM's request fields",
     "api/wire/responses.py": "the same of the Responses API",
     "api/wire/responses_answer.py": "what its objects say",
+    "api/wire/queries.py": "OpenAI's query parameters",
     "api/wire/tools.py": "OpenAI's fields of a tool",
     "api/wire/messages.py": "Anthropic's fields",
     "api/wire/pooling.py": "vLLM's and Cohere's fields",

@@ -42,6 +42,7 @@ from pyserve.api.endpoints.operators import (
     sleep,
     wake_up,
 )
+from pyserve.api.endpoints.query import name_unknown_parameters
 from pyserve.api.endpoints.responses import (
     cancel_response,
     count_input_tokens,
@@ -213,6 +214,8 @@ async def _sign(request: web.Request, response: web.StreamResponse) -> None:
     response.headers[request_id.HEADER] = request_id.current.get()
     if _is_anthropic(request):
         response.headers[request_id.ANTHROPIC_HEADER] = request_id.current.get()
+    if request.query_string and response.status < 400:
+        name_unknown_parameters(request, response)
     request[STATUS] = response.status  # set now, as a stream's client may leave before its end
     request.app[STATE].metrics.num_responses[response.status] += 1
 

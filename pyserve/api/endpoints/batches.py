@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import secrets
+from operator import attrgetter
 
+import msgspec
 from aiohttp import web
 
 from pyserve.api.batches.lines import BATCH_PATHS
 from pyserve.api.batches.service import new_batch
 from pyserve.api.endpoints.body import Wire, ignored_header
-from pyserve.api.endpoints.files import part_of, service_of
+from pyserve.api.endpoints.files import service_of
 from pyserve.api.endpoints.metadata import check_metadata
+from pyserve.api.endpoints.query import part_of, read_query
 from pyserve.api.http.delivery import json_response
 from pyserve.api.state import STATE
 from pyserve.api.wire.batches import BatchList, BatchRequest
+from pyserve.api.wire.queries import ListQuery
 from pyserve.errors import InvalidRequestError
 
 WIRE = Wire(BatchRequest)
@@ -49,10 +53,11 @@ async def create_batch(request: web.Request) -> web.StreamResponse:
 
 async def list_batches(request: web.Request) -> web.StreamResponse:
     batches, owner = service_of(request)
-    data, has_more = part_of(batches.store.batches(owner), request)
-    data = [batches.shown(batch) for batch in data]
-    first, last = (data[0].id, data[-1].id) if data else (None, None)
-    return json_response(BatchList(data=data, first_id=first, last_id=last, has_more=has_more))
+    query = read_query(request, ListQuery)
+    listed = part_of(BatchList, batches.store.batches(owner), attrgetter("id"), query)
+    return json_response(
+        msgspec.structs.replace(listed, data=[batches.shown(batch) for batch in listed.data])
+    )
 
 
 async def retrieve_batch(request: web.Request) -> web.StreamResponse:

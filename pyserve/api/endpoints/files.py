@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
-from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar, cast
+from typing import Any, BinaryIO, cast
 
 from aiohttp import BodyPartReader, MultipartReader, StreamReader, web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -15,6 +14,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from pyserve.api.batches.service import BatchService
 from pyserve.api.batches.store import StorageError, Store
 from pyserve.api.endpoints.body import ignored_header
+from pyserve.api.endpoints.query import part_of, read_query
 from pyserve.api.http.bounds import PIECE_BYTES
 from pyserve.api.http.cors import is_foreign_page
 from pyserve.api.http.delivery import json_response
@@ -22,6 +22,7 @@ from pyserve.api.http.http_protocol import connection_of
 from pyserve.api.http.keys import USER
 from pyserve.api.state import STATE
 from pyserve.api.wire.batches import FileDeleted, FileList, FileObject
+from pyserve.api.wire.queries import FileListQuery
 from pyserve.errors import BodyTooLargeError, BodyTooLateError, InvalidRequestError
 
 OF_THE_FORM = 2**16  # allowance for the form's bytes besides the file, in the Content-Length check
@@ -31,15 +32,6 @@ MAX_FILENAME_CHARS = 255  # a longer name is cut
 MAX_FIELD_BYTES = 1024  # of a form field that is not the file
 MAX_PARTS = 16
 MAX_LINES = 1024  # lines of the form outside its parts' contents
-MAX_LISTED, LISTED = 10_000, 100  # limit and default for the entries of one listing
-
-
-class _Named(Protocol):
-    @property
-    def id(self) -> str: ...
-
-
-N = TypeVar("N", bound=_Named)
 
 
 def service_of(request: web.Request) -> tuple[BatchService, str]:
@@ -86,13 +78,9 @@ async def upload_file(request: web.Request) -> web.StreamResponse:
 
 async def list_files(request: web.Request) -> web.StreamResponse:
     batches, owner = service_of(request)
-    purpose = request.query.get("purpose")
-    files = [f for f in batches.store.files(owner) if purpose in (None, f.purpose)]
-    if request.query.get("order") == "asc":
-        files.reverse()
-    data, has_more = part_of(files, request)
-    first, last = (data[0].id, data[-1].id) if data else (None, None)
-    return json_response(FileList(data=data, first_id=first, last_id=last, has_more=has_more))
+    query = read_query(request, FileListQuery)
+    files = [f for f in batches.store.files(owner) if query.purpose in (None, f.purpose)]
+    return json_response(part_of(FileList, files, attrgetter("id"), query))
 
 
 async def retrieve_file(request: web.Request) -> web.StreamResponse:
@@ -124,26 +112,6 @@ async def delete_file(request: web.Request) -> web.StreamResponse:
     id = request.match_info["file_id"]
     batches.store.delete_file(owner, id)
     return json_response(FileDeleted(id=id))
-
-
-def part_of(items: Sequence[N], request: web.Request) -> tuple[list[N], bool]:
-    """One page of a listing, by the query parameters `after` and `limit`.
-
-    Returns up to `limit` of the items that follow the one with the id `after`, and whether there
-    are more. Raises InvalidRequestError.
-    """
-    text = request.query.get("limit", str(LISTED))
-    limit = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
-    if not 1 <= limit <= MAX_LISTED:
-        raise InvalidRequestError(f"limit must be in [1, {MAX_LISTED}], got {text[:50]}", "limit")
-    after, start = request.query.get("after"), 0
-    if after:
-        ids = [item.id for item in items]
-        if after not in ids:
-            raise InvalidRequestError(f"after: there is no {after[:100]}", "after")
-        start = ids.index(after) + 1
-    found = list(items[start : start + limit])
-    return found, start + len(found) < len(items)
 
 
 def _file(request: web.Request) -> FileObject:

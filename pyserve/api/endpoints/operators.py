@@ -7,16 +7,17 @@ import re
 from aiohttp import web
 
 from pyserve.api.endpoints.body import Wire, ignored_header
+from pyserve.api.endpoints.query import read_query
 from pyserve.api.http.cors import is_foreign_page
 from pyserve.api.http.delivery import json_response
 from pyserve.api.state import STATE, ServerState
 from pyserve.api.wire.protocol import AbortRequest
+from pyserve.api.wire.queries import SleepQuery, WakeUpQuery
 from pyserve.errors import AbortedError, InvalidRequestError
 from pyserve.log import get_logger
 from pyserve.words import counted
 
 ABORT = Wire(AbortRequest)
-TAGS = {"weights", "kv_cache"}  # values of the parameter `tags` of /wake_up
 # The prefixes that turn the id of a request into the id of its answer.
 _PREFIX = re.compile(r"(chatcmpl-|cmpl-|msg_|resp_)")
 
@@ -55,10 +56,10 @@ async def sleep(request: web.Request) -> web.StreamResponse:
     """
     _check_page(request)
     engine = request.app[STATE].model().engine
-    level = _one_of(request, "level", "1", ("1", "2"))
-    if _one_of(request, "mode", "keep", ("keep", "abort")) == "abort":
+    query = read_query(request, SleepQuery)
+    if query.mode == "abort":
         _abort(request.app[STATE], set())
-    await engine.sleep(int(level))
+    await engine.sleep(query.level)
     return json_response({"status": "sleeping", "level": engine.stats().sleep_level})
 
 
@@ -66,8 +67,8 @@ async def wake_up(request: web.Request) -> web.StreamResponse:
     """Allocate the memory again, and answer when the engine is awake."""
     _check_page(request)
     engine = request.app[STATE].model().engine
-    tags = request.query.getall("tags", [])
-    if tags and set(tags) != TAGS:
+    tags = read_query(request, WakeUpQuery).tags
+    if len(set(tags)) == 1:
         raise InvalidRequestError(
             "tags must be weights and kv_cache, both, or left out: one alone is not supported",
             "tags",
@@ -80,13 +81,6 @@ async def is_sleeping(request: web.Request) -> web.StreamResponse:
     """Whether the engine sleeps, at any level."""
     engine = request.app[STATE].model().engine
     return json_response({"is_sleeping": engine.stats().sleep_level > 0})
-
-
-def _one_of(request: web.Request, name: str, default: str, values: tuple[str, ...]) -> str:
-    value = request.query.get(name, default)
-    if value not in values:
-        raise InvalidRequestError(f"{name} must be {' or '.join(values)}, got {value[:50]}", name)
-    return value
 
 
 def _abort(state: ServerState, wanted: set[str]) -> int:

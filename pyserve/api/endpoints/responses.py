@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import time
 import uuid
 from collections.abc import Sequence
 from functools import partial
+from operator import itemgetter
 
 import msgspec
 from aiohttp import web
@@ -16,6 +16,7 @@ from pyserve.api.endpoints import responses_background
 from pyserve.api.endpoints.answer import Dialect, Head, answer
 from pyserve.api.endpoints.body import SHORT_BODY_BYTES, Wire, ignored_header, merged_header
 from pyserve.api.endpoints.chat_job import chat_job
+from pyserve.api.endpoints.query import part_of, read_query
 from pyserve.api.endpoints.responses_answer import Answering, ResponseFrames, encode_response
 from pyserve.api.endpoints.responses_history import (
     ID_PREFIX,
@@ -31,11 +32,11 @@ from pyserve.api.http.keys import USER
 from pyserve.api.http.uploads import NUM_BODY_BYTES
 from pyserve.api.state import STATE, Loaded, ServerState
 from pyserve.api.store.responses import StoredResponse
+from pyserve.api.wire.queries import InputItemsQuery, ResponseQuery
 from pyserve.api.wire.responses import Object, ResponsesRequest
 from pyserve.api.wire.responses_answer import Deleted, InputItems, InputTokens
 from pyserve.errors import ContextError, InvalidRequestError, RequestError
 
-MAX_LISTED, NUM_LISTED = 100, 20  # limit and default for input items in one listing
 WIRE = Wire(ResponsesRequest)
 
 
@@ -109,12 +110,12 @@ async def retrieve_response(request: web.Request) -> web.StreamResponse:
     """A response, or, with ?stream=true, its events after number `starting_after`."""
     state, user, name = request.app[STATE], request[USER], request.match_info["response_id"]
     run = state.runs.get(user, name)
-    is_streamed = request.query.get("stream", "false").lower() in ("true", "1")
-    if not is_streamed:
-        if run is not None:
-            return json_response(run.describe(run.status))
-        return json_response(state.responses.get(user, name).answer)
-    first = _number(request, "starting_after", default=-1, limits=(-1, 2**31 - 1)) + 1
+    query = read_query(request, ResponseQuery)
+    if not query.stream:
+        ignored = [] if query.starting_after is None else ["starting_after"]
+        data = state.responses.get(user, name).answer if run is None else run.describe(run.status)
+        return json_response(data, ignored_header(ignored))
+    first = 0 if query.starting_after is None else query.starting_after + 1
     events = run.events if run is not None else state.responses.get(user, name).events
     if not events and not (run is not None and run.is_streamed):
         raise InvalidRequestError(
@@ -151,31 +152,14 @@ async def cancel_response(request: web.Request) -> web.StreamResponse:
 async def list_input_items(request: web.Request) -> web.StreamResponse:
     """List the input items of a response, `limit` at a time, by default the newest first."""
     state, user, name = request.app[STATE], request[USER], request.match_info["response_id"]
-    limit = _number(request, "limit", default=NUM_LISTED, limits=(1, MAX_LISTED))
-    order, after = request.query.get("order", "desc"), request.query.get("after")
-    if order not in ("asc", "desc"):
-        raise InvalidRequestError(f"order must be asc or desc, got {order[:40]}", "order")
+    query = read_query(request, InputItemsQuery)
     run = state.runs.get(user, name)
     given = run.input if run is not None else state.responses.get(user, name).input
 
     def list_items() -> bytes:
         items: list[Object] = any_json.decode(given)
-        if order == "desc":
-            items.reverse()
-        ids = [str(item["id"]) for item in items]
-        first = 0
-        if after is not None:
-            if after not in ids:
-                raise InvalidRequestError(f"after: no item has the id {after[:80]}", "after")
-            first = ids.index(after) + 1
-        shown = slice(first, first + limit)
-        listed = InputItems(
-            data=items[shown],
-            first_id=next(iter(ids[shown]), None),
-            last_id=next(reversed(ids[shown]), None),
-            has_more=first + limit < len(items),
-        )
-        return msgspec.json.encode(listed)
+        items.reverse()
+        return msgspec.json.encode(part_of(InputItems, items, itemgetter("id"), query))
 
     return json_response(
         await state.run_text(request, len(given), list_items, short=SHORT_BODY_BYTES)
@@ -246,16 +230,3 @@ async def _job(
         ignored=list(map(asked.renamed, job.ignored)),
         clamped=asked.renamed(job.clamped),
     )
-
-
-def _number(request: web.Request, name: str, *, default: int, limits: tuple[int, int]) -> int:
-    """An integer parameter of the query string. Raises InvalidRequestError if it is no integer in
-    `limits`, both included."""
-    text = request.query.get(name)
-    if text is None:
-        return default
-    low, high = limits
-    number = int(text) if re.fullmatch(r"-?[0-9]{1,10}", text) else low - 1
-    if not low <= number <= high:
-        raise InvalidRequestError(f"{name} must be in [{low}, {high}], got {text[:40]}", name)
-    return number

@@ -184,6 +184,9 @@ def test_cancelled_it_keeps_what_it_has(batching: Server) -> None:
     assert listed["data"][0]["id"] == second and listed["has_more"]
     _, listed = ask(batching, "GET", f"/v1/batches?after={second}")
     assert [batch["id"] for batch in listed["data"]] == [first]
+    _, listed = ask(batching, "GET", "/v1/batches?order=asc")
+    assert [batch["id"] for batch in listed["data"]] == [first, second]
+    assert (listed["first_id"], listed["last_id"]) == (first, second)
     path = f"/v1/batches/{first}"
     wait_until(lambda: ask(batching, "GET", path)[1]["request_counts"]["completed"] == 1)
     assert ask(batching, "GET", path)[1]["status"] == "in_progress"
