@@ -1,4 +1,4 @@
-"""/openapi.json: the OpenAPI 3.1 document, made from the wire types.
+"""/openapi.json: the OpenAPI 3.1 document, made from the table in operations.py and the wire types.
 
 Fields that features.py lists as not built are left out, so a field appears here once it works.
 wire/fields.py has what the types do not say of a field, such as bounds and descriptions.
@@ -9,78 +9,26 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple, get_args
+from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from pyserve import __version__
-from pyserve.api.endpoints.models import Model, ModelList
+from pyserve.api.endpoints.query import parameters_of
 from pyserve.api.pages import site
-from pyserve.api.wire.adapters import LoadAdapterRequest, UnloadAdapterRequest
-from pyserve.api.wire.batches import (
-    Batch,
-    BatchList,
-    BatchRequest,
-    FileDeleted,
-    FileList,
-    FileObject,
-)
+from pyserve.api.pages.operations import OPERATIONS, Operation
 from pyserve.api.wire.fields import BOUNDS, DESCRIPTIONS, REPLACED
 from pyserve.api.wire.messages import (
     MESSAGES_SENT,
-    CountTokensRequest,
-    CountTokensResponse,
-    MessagesErrorResponse,
-    MessagesEvent,
-    MessagesRequest,
-    MessagesResponse,
 )
 from pyserve.api.wire.pooling import (
-    EmbeddingRequest,
-    EmbeddingResponse,
-    RerankRequest,
-    RerankResponse,
-    ScoreRequest,
-    ScoreResponse,
     TextDocument,
 )
 from pyserve.api.wire.protocol import (
-    AbortRequest,
-    ChatChunk,
-    ChatRequest,
-    ChatResponse,
-    CompletionChunk,
-    CompletionRequest,
-    CompletionResponse,
     ContentPart,
-    DetokenizeRequest,
-    DetokenizeResponse,
-    ErrorResponse,
     Message,
     StreamOptions,
-    TokenizeRequest,
-    TokenizeResponse,
-)
-from pyserve.api.wire.replies import (
-    Aborted,
-    Awake,
-    Done,
-    IsSleeping,
-    Live,
-    Load,
-    NotReady,
-    Ready,
-    Sleeping,
-    Version,
-)
-from pyserve.api.wire.responses import ResponsesRequest
-from pyserve.api.wire.responses_answer import (
-    Deleted,
-    Event,
-    InputItems,
-    InputTokens,
-    Response,
 )
 from pyserve.api.wire.tools import SENT
 from pyserve.features import Field, fields_of
@@ -88,170 +36,15 @@ from pyserve.features import Field, fields_of
 Schema = dict[str, Any]
 
 
-_CHUNKS = (
-    "server-sent events, each a line `data: ` and a {chunks}, at the end `data: [DONE]`. Where it "
-    "fails on the way, one frame holds an {error}."
-)
-_EVENTS = (
-    "server-sent events, each a line `event: `, which names its type, and a line `data: ` with a "
-    "{chunks}; the last one has the whole response. Where it fails on the way, the last two are "
-    "response.failed and error."
-)
-_MESSAGE_EVENTS = (
-    "server-sent events: `event: ` with its type, and `data: ` with one of {chunks}. Where it "
-    "fails on the way, the last one is `error`, an {error}; while nothing comes there are pings."
-)
-
-
-class Operation(NamedTuple):
-    """A route in the document.
-
-    replies    status -> wire type of the response; None: plain text. Errors are not included.
-    body       wire type of the request body; None: there is none.
-    chunks     wire types of the events of a streamed response; empty: it cannot be streamed.
-    example    an example of the request body.
-    stream     description of the streamed response, in which {chunks} and {error} are replaced.
-    error      wire type of an error.
-    is_form    the request body is a form with a file.
-    is_queued  its requests wait for the model and can be refused with 429, like streamed ones.
-    """
-
-    summary: str
-    replies: Mapping[int, type[msgspec.Struct] | None]
-    body: type[msgspec.Struct] | None = None
-    chunks: tuple[type[msgspec.Struct], ...] = ()
-    example: Mapping[str, object] | None = None
-    stream: str = _CHUNKS
-    error: type[msgspec.Struct] = ErrorResponse
-    is_form: bool = False
-    is_queued: bool = False
-
-
-def _ranking(summary: str) -> Operation:
-    documents = ["Paris is the capital of France.", "The sky is blue."]
-    example = {"query": "What is the capital of France?", "documents": documents}
-    return Operation(summary, {200: RerankResponse}, RerankRequest, example=example, is_queued=True)
-
-
-def _scoring(summary: str) -> Operation:
-    example = {"queries": "What is the capital of France?", "documents": ["Paris", "A cat"]}
-    return Operation(summary, {200: ScoreResponse}, ScoreRequest, example=example, is_queued=True)
-
-
-_HEALTH = Operation("200 where a request would be taken now", {200: Ready, 503: NotReady})
-_HELLO = [{"role": "user", "content": "What is the capital of France?"}]
-OPERATIONS: dict[tuple[str, str], Operation] = {
-    ("POST", "/v1/chat/completions"): Operation(
-        "Answer a conversation", {200: ChatResponse}, ChatRequest, (ChatChunk,),
-        {"messages": _HELLO, "max_tokens": 64},
-    ),
-    ("POST", "/v1/completions"): Operation(
-        "Continue a text", {200: CompletionResponse}, CompletionRequest, (CompletionChunk,),
-        {"prompt": "The capital of France is", "max_tokens": 16},
-    ),
-    ("POST", "/v1/responses"): Operation(
-        "Answer a conversation, in OpenAI's newer words", {200: Response}, ResponsesRequest,
-        (Event,), {"input": "What is the capital of France?", "max_output_tokens": 64}, _EVENTS,
-    ),
-    ("POST", "/v1/messages"): Operation(
-        "Answer a conversation, in Anthropic's words", {200: MessagesResponse}, MessagesRequest,
-        get_args(MessagesEvent), {"max_tokens": 64, "messages": _HELLO}, _MESSAGE_EVENTS,
-        MessagesErrorResponse,
-    ),
-    ("POST", "/v1/messages/count_tokens"): Operation(
-        "The tokens of its prompt", {200: CountTokensResponse}, CountTokensRequest,
-        example={"messages": _HELLO}, error=MessagesErrorResponse,
-    ),
-    ("POST", "/v1/embeddings"): Operation(
-        "A vector for each text, by an embedding model", {200: EmbeddingResponse},
-        EmbeddingRequest, example={"input": ["Hello", "world"]}, is_queued=True,
-    ),
-    ("POST", "/v1/rerank"): _ranking("Documents by how well they answer a query"),
-    ("POST", "/v2/rerank"): _ranking("The same, where Cohere's clients ask for it"),
-    ("POST", "/rerank"): _ranking("The same"),
-    ("POST", "/v1/score"): _scoring("How well each document answers its query"),
-    ("POST", "/score"): _scoring("The same"),
-    ("POST", "/v1/responses/input_tokens"): Operation(
-        "How many tokens the prompt of a response has", {200: InputTokens}, ResponsesRequest,
-        example={"input": "Hello world"},
-    ),
-    ("GET", "/v1/responses/{response_id}"): Operation(
-        "A stored response; with ?stream=true the events of one that is streamed in the "
-        "background, behind ?starting_after=N", {200: Response},
-    ),
-    ("DELETE", "/v1/responses/{response_id}"): Operation("Forget it", {200: Deleted}),
-    ("POST", "/v1/responses/{response_id}/cancel"): Operation(
-        "Stop a response in the background", {200: Response}
-    ),
-    ("GET", "/v1/responses/{response_id}/input_items"): Operation(
-        "What it was asked with: ?limit=20&order=desc&after=ID", {200: InputItems}
-    ),
-    ("POST", "/v1/files"): Operation(
-        "Keep a file for a batch, as multipart/form-data with purpose and file", {200: FileObject},
-        is_form=True,
-    ),
-    ("GET", "/v1/files"): Operation("The files: limit, after, order, purpose", {200: FileList}),
-    ("GET", "/v1/files/{file_id}"): Operation("One of them", {200: FileObject}),
-    ("DELETE", "/v1/files/{file_id}"): Operation("Forget it", {200: FileDeleted}),
-    ("GET", "/v1/files/{file_id}/content"): Operation("What it holds", {200: None}),
-    ("POST", "/v1/batches"): Operation(
-        "Answer a file of requests, behind all others", {200: Batch}, BatchRequest,
-        example={"input_file_id": "file-...", "endpoint": "/v1/chat/completions",
-                 "completion_window": "24h"},
-    ),
-    ("GET", "/v1/batches"): Operation("The batches, by limit and after", {200: BatchList}),
-    ("GET", "/v1/batches/{batch_id}"): Operation("What has become of it", {200: Batch}),
-    ("POST", "/v1/batches/{batch_id}/cancel"): Operation("End it", {200: Batch}),
-    ("GET", "/v1/models"): Operation("The names the model is served by", {200: ModelList}),
-    ("GET", "/v1/models/{model}"): Operation("One of them", {200: Model}),
-    ("POST", "/v1/load_lora_adapter"): Operation(
-        "Serve the LoRA adapter of a folder under a name", {200: None}, LoadAdapterRequest,
-        example={"lora_name": "sql", "lora_path": "/adapters/sql"},
-    ),
-    ("POST", "/v1/unload_lora_adapter"): Operation(
-        "Serve it no more", {200: None}, UnloadAdapterRequest, example={"lora_name": "sql"},
-    ),
-    ("POST", "/tokenize"): Operation(
-        "Token ids of a text, or of the prompt made from messages", {200: TokenizeResponse},
-        TokenizeRequest, example={"prompt": "Hello world"},
-    ),
-    ("POST", "/detokenize"): Operation(
-        "The text of token ids", {200: DetokenizeResponse}, DetokenizeRequest,
-        example={"tokens": [100, 101, 102]},
-    ),
-    ("GET", "/health"): _HEALTH,
-    ("GET", "/health/ready"): _HEALTH,
-    ("GET", "/health/live"): Operation("200 while the event loop runs", {200: Live}),
-    ("GET", "/ping"): _HEALTH,
-    ("POST", "/ping"): _HEALTH,
-    ("GET", "/load"): Operation("Requests in flight", {200: Load}),
-    ("POST", "/reset_prefix_cache"): Operation(
-        "Forget the prompts so far, so that the next ones are computed", {200: Done}
-    ),
-    ("POST", "/abort_requests"): Operation(
-        "End requests by the ids of their answers, or all of them: they end in an error",
-        {200: Aborted}, AbortRequest, example={"request_ids": ["chatcmpl-..."]},
-    ),
-    ("POST", "/sleep"): Operation(
-        "Free the KV cache (?level=1) or the weights as well (?level=2); requests wait meanwhile, "
-        "or end first (?mode=abort)",
-        {200: Sleeping},
-    ),
-    ("POST", "/wake_up"): Operation("Go on", {200: Awake}),
-    ("GET", "/is_sleeping"): Operation("Whether it sleeps", {200: IsSleeping}),
-    ("GET", "/version"): Operation("The version of pyserve", {200: Version}),
-    ("GET", "/metrics"): Operation("Metrics in Prometheus's text format", {200: None}),
-}  # fmt: skip
-
 _WITHOUT_EFFECT = "Accepted without effect; named in the header x-pyserve-ignored."
 _ERRORS = {
-    400: "A value is missing, of a wrong type, out of range or not built yet",
+    400: "A value is missing, has a wrong type, is out of range or is not supported",
     401: "The API key is missing or wrong",
-    404: "No such model",
+    404: "The model or object that the request names does not exist",
     413: "The body is too large",
-    429: "As many requests wait as may",
-    500: "The request failed here",
-    503: "Starting, shutting down, or out of time",
+    429: "The queue is full: try again later",
+    500: "The server failed to answer the request",
+    503: "The server is starting or shutting down, or the request took too long",
 }
 _RETRYING = (429, 503)
 _FORM: Schema = {
@@ -332,12 +125,17 @@ class Document:
         errors = {401} if is_guarded else set()
         if path.startswith("/v1") or operation.body is not None:
             errors |= {500, 503}
-        if names := re.findall(r"{(\w+)}", path):
+        parameters = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name in re.findall(r"{(\w+)}", path)
+        ]
+        if parameters:
             errors.add(404)
-            described["parameters"] = [
-                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-                for name in names
-            ]
+        if operation.query is not None:
+            errors.add(400)
+            parameters += _query_parameters(operation.query)
+        if parameters:
+            described["parameters"] = parameters
         if operation.is_form:
             errors |= {400, 413}
             described["requestBody"] = _FORM
@@ -410,22 +208,40 @@ def _finish_sent(schema: Schema, rows: Mapping[str, Field]) -> None:
             value["description"] = DESCRIPTIONS[name]
 
 
+def _query_parameters(wire_type: type[msgspec.Struct]) -> list[Schema]:
+    return [
+        {
+            "name": name,
+            "in": "query",
+            "description": schema["description"],
+            "schema": {key: value for key, value in schema.items() if key != "description"},
+        }
+        for name, schema in parameters_of(wire_type).items()
+    ]
+
+
 def _reply(operation: Operation, wire_type: type[msgspec.Struct] | None) -> Schema:
-    headers = {"X-Request-Id": _header("The one sent along, or one made here")}
+    headers = {
+        "X-Request-Id": _header("The id that the client sent in this header, or a new one"),
+        "x-pyserve-ignored": _header(
+            "The names of the request's fields and query parameters that had no effect"
+        ),
+    }
     if wire_type is None:
         content: Schema = {"text/plain": {"schema": {"type": "string"}}}
     else:
         content = {"application/json": {"schema": _reference(wire_type)}}
     described: Schema = {"description": "The answer", "headers": headers, "content": content}
     if operation.body is not None:
-        headers["x-pyserve-ignored"] = _header("Fields of the request that had no effect")
         headers["x-pyserve-merged"] = _header(
-            "What was done to messages for a chat template that does not take their order: system "
-            "messages are text of users, turns are put together"
+            "How messages were changed for a chat template that does not accept their order. "
+            "system: system messages became messages of the user. turns: messages were joined or "
+            "reordered."
         )
     if operation.chunks:
         headers["x-pyserve-clamped"] = _header(
-            "max_tokens=N: N is what the prompt leaves of the context, and less than was asked for"
+            "max_tokens=N if the request asked for more tokens than the prompt leaves room for in "
+            "the context: the answer may have N tokens"
         )
     if operation.chunks:
         words = operation.stream.format(
@@ -433,7 +249,9 @@ def _reply(operation: Operation, wire_type: type[msgspec.Struct] | None) -> Sche
             error=operation.error.__name__,
         )
         described["description"] = (
-            f"The answer; with `stream` {words} Lines that begin with a colon keep proxies awake."
+            "The answer. With `stream: true` it is sent as server-sent events. "
+            f"{words} Lines that begin with a colon are comments, which keep proxies from closing "
+            "the connection."
         )
         event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
         content["text/event-stream"] = {"schema": event}

@@ -13,7 +13,10 @@ Status = Literal[
 
 
 class FileObject(msgspec.Struct, frozen=True, kw_only=True):
-    """purpose: "batch", or "batch_output" for what a batch has written."""
+    """A stored file. Times are in seconds since 1970.
+
+    `purpose` is "batch" for uploaded files and "batch_output" for those that a batch has written.
+    """
 
     id: str
     object: str = "file"
@@ -41,7 +44,7 @@ class FileDeleted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BatchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """POST /v1/batches."""
+    """A batch of requests to one endpoint, one request per line of the input file."""
 
     input_file_id: str
     endpoint: str
@@ -50,7 +53,7 @@ class BatchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class BatchError(msgspec.Struct, frozen=True, kw_only=True):
-    """What is wrong with the input, in which line, counted from 1."""
+    """An error in the input file. `line` is the number of the line, counted from 1."""
 
     code: str
     message: str
@@ -70,7 +73,11 @@ class RequestCounts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
-    """What has become of a batch; each `_at` is null until its status was reached."""
+    """A batch and how far it is. Times are in seconds since 1970.
+
+    The time of a status, such as `completed_at`, is null if the batch has not reached that status.
+    Once there are results, `output_file_id` and `error_file_id` name the files that hold them.
+    """
 
     id: str
     object: str = "batch"

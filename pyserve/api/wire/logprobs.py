@@ -6,7 +6,7 @@ import msgspec
 
 
 class TopLogprob(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """`bytes` are those of the token alone, which may be part of a character."""
+    """A likely token. `bytes` are its UTF-8 bytes, which may be only a part of a character."""
 
     token: str
     logprob: float
@@ -25,7 +25,10 @@ class ChatLogprobs(msgspec.Struct, frozen=True, gc=False):
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Lists of one length. The first token of an echoed prompt has null for both logprobs."""
+    """The logprobs of a completion, in lists with one entry for each token.
+
+    The first token of an echoed prompt has null in `token_logprobs` and `top_logprobs`.
+    """
 
     text_offset: list[int]
     token_logprobs: list[float | None]

@@ -20,7 +20,10 @@ FORMAT_TYPES = ("json_schema",)
 
 
 class ResultBlock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A block in the content of a tool_result: text, or the tool_name of a tool_reference."""
+    """A block in the content of a tool_result.
+
+    A block of type text needs `text`, one of type tool_reference needs `tool_name`.
+    """
 
     type: str
     text: str | None = None
@@ -28,13 +31,13 @@ class ResultBlock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Block(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A block of any type: which fields it needs is checked where it is read.
+    """A content block. Which fields it has depends on its `type`.
 
-    text                             of a text.
-    id, name, input                  of a tool_use.
-    tool_use_id, content, is_error   of a tool_result.
-    thinking, signature              of a thinking.
-    data                             of a redacted_thinking.
+    - text: `text`
+    - tool_use: `id`, `name`, `input`
+    - tool_result: `tool_use_id`, `content`, `is_error`
+    - thinking: `thinking`, `signature`
+    - redacted_thinking: `data`
     """
 
     type: str
@@ -87,7 +90,7 @@ class OutputConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CountTokensRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What makes the prompt."""
+    """The fields of a request to /v1/messages that make its prompt."""
 
     messages: list[Turn]
     model: str | None = None
@@ -121,7 +124,9 @@ class ThinkingDetails(msgspec.Struct, frozen=True):
 
 
 class MessagesUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """`input_tokens` are those of the prompt that the prefix cache did not have."""
+    """The number of tokens. `cache_read_input_tokens` of the prompt were in the prefix cache,
+    `input_tokens` were not.
+    """
 
     input_tokens: int
     cache_creation_input_tokens: int = 0

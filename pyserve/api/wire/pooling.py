@@ -36,7 +36,12 @@ class EmbeddingRequest(PoolingFields, frozen=True, kw_only=True):
 
 
 class ScoreRequest(PoolingFields, frozen=True, kw_only=True):
-    """Both sides go by several names."""
+    """Pairs of a query and a document to score.
+
+    Give the queries in exactly one of `queries`, `text_1` and `data_1`, and the documents in
+    exactly one of `documents`, `items`, `text_2` and `data_2`. A single query is paired with every
+    document, and a single document with every query; otherwise both lists have the same length.
+    """
 
     queries: str | list[str] | None = None
     text_1: str | list[str] | None = None

@@ -251,7 +251,7 @@ class MessageToolCall(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """`reasoning` and `reasoning_content` are the same text, under both names that clients read."""
+    """The message of an answer. `reasoning` and `reasoning_content` hold the same text."""
 
     role: str = "assistant"
     content: str | None
@@ -317,7 +317,7 @@ class FunctionDelta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True):
-    """A piece of a call; `id`, `type` and the name are in its first piece only."""
+    """A piece of a tool call. Only the first piece of a call has `id`, `type` and the name."""
 
     id: str | UnsetType = UNSET
     type: str | UnsetType = UNSET
@@ -344,7 +344,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
-    """A frame of a streamed chat answer."""
+    """One event of a streamed chat answer."""
 
     id: str
     object: str = "chat.completion.chunk"
@@ -368,7 +368,7 @@ class CompletionChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
-    """A frame of a streamed completion."""
+    """One event of a streamed completion."""
 
     id: str
     object: str = "text_completion"

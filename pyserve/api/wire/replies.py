@@ -6,7 +6,11 @@ import msgspec
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True):
-    """seconds: how late the event loop has been, and how long the running step takes."""
+    """The server accepts requests.
+
+    `loop_lag_s` is how late the server's event loop has recently been, and `step_age_s` how long
+    the running step of the model has taken so far, both in seconds.
+    """
 
     status: str
     loop_lag_s: float
@@ -14,9 +18,11 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NotReady(msgspec.Struct, frozen=True, kw_only=True):
-    """While starting: the phase, how much of it is done (0 to 1), seconds to its end.
+    """The server accepts no requests.
 
-    ended  the seconds of the phases before it.
+    While it starts, `phase` is what it is doing, `progress` how much of that is done (from 0 to 1),
+    `eta_s` the estimated seconds until it is done, and `ended` the seconds that each earlier phase
+    has taken. Otherwise `reason` says why no requests are accepted.
     """
 
     status: str

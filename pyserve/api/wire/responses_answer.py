@@ -67,7 +67,7 @@ OutputItem = OutputMessage | OutputReasoning | OutputCall | OutputCustomCall
 
 
 class InputTokensDetails(msgspec.Struct, frozen=True):
-    """Writing to the prefix cache costs nothing here, so none is counted."""
+    """`cached_tokens` were in the prefix cache. `cache_write_tokens` is always 0."""
 
     cached_tokens: int
     cache_write_tokens: int = 0
@@ -107,7 +107,7 @@ class ResponseError(msgspec.Struct, frozen=True):
 
 
 class Response(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole answer, or how far it is."""
+    """A response. Its `status` tells whether it is complete."""
 
     id: str
     object: str = "response"
@@ -145,7 +145,10 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A frame of a stream: its type, its number and what that type has besides."""
+    """One event of a streamed response. Which further fields it has depends on its `type`.
+
+    `sequence_number` counts the events of a response from 0.
+    """
 
     type: str
     sequence_number: int

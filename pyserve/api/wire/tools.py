@@ -31,7 +31,11 @@ class NamedFunction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class AllowedTools(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of a request's tools those that it may call, by their names alone."""
+    """Limits the model to some of the request's tools.
+
+    Each entry of `tools` needs only the name of a tool. `mode` "required" makes the model call at
+    least one of them, "auto" leaves that to the model.
+    """
 
     mode: str
     tools: list[Tool]
@@ -49,7 +53,7 @@ class FunctionCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class MessageCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A call in a message of the assistant that a client sends back."""
+    """A tool call in a message of the assistant, which the client got and sends back."""
 
     function: FunctionCall
     id: str | None = None

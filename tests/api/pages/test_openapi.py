@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from pyserve.api.app import ROUTES
-from pyserve.api.pages.openapi import OPERATIONS, Document, schemas
+from pyserve.api.pages.openapi import Document, schemas
+from pyserve.api.pages.operations import OPERATIONS
 from pyserve.api.wire.fields import BOUNDS, DESCRIPTIONS
 from pyserve.client import PoolingInfo
 from pyserve.features import fields_of
@@ -78,6 +79,33 @@ def test_keys_are_asked_for_where_they_are_needed() -> None:
                 assert ("401" in operation["responses"]) == is_guarded
     assert "servers" not in document()
     assert document(root_path="/llm")["servers"] == [{"url": "/llm"}]
+
+
+def test_query_parameters_are_described() -> None:
+    listed = document()["paths"]["/v1/files"]["get"]
+    assert {"400", "200"} <= set(listed["responses"])
+    found = {parameter["name"]: parameter["schema"] for parameter in listed["parameters"]}
+    assert found == {
+        "after": {"type": "string"},
+        "limit": {"type": "integer", "minimum": 1, "maximum": 10_000, "default": 100},
+        "order": {"enum": ["asc", "desc"], "default": "desc"},
+        "purpose": {"type": "string"},
+    }
+
+
+def test_an_unknown_field_is_named(served: Server) -> None:
+    """By each endpoint with a body, as the document promises."""
+    elsewhere = {"/v1/batches", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"}  # need flags
+    paths = {
+        path: operation for (method, path), operation in OPERATIONS.items()
+        if operation.body is not None and not operation.is_queued and path not in elsewhere
+    }  # fmt: skip
+    assert {CHAT, "/v1/responses/input_tokens", "/tokenize"} <= set(paths)
+    for path, operation in paths.items():
+        served.play("Hello")
+        body = {**(operation.example or {}), "mood": 1}
+        status, headers, reply = served.request("POST", path, body)
+        assert (status, headers.get("x-pyserve-ignored")) == (200, "mood"), (path, reply)
 
 
 def test_references_lead_somewhere() -> None:
