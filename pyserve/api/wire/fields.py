@@ -122,121 +122,137 @@ BOUNDS: dict[str, dict[str, Schema]] = {
     "max_tokens_per_doc": {"integer": {"minimum": 0}},
 }
 DESCRIPTIONS = {
-    "model": "A served name; the served model where it is absent.",
+    "model": "A served name; by default the served model.",
     "messages": "The conversation, oldest message first.",
-    "prompt": "A text, token ids, or a list of either (at most "
+    "prompt": "A text, a list of token ids, or a list of either (at most "
     f"{MAX_SEQUENCES} prompts, each with its own choices).",
-    "max_tokens": "Output tokens at most, and no more than the prompt leaves of the context; where "
-    "that is less, the header x-pyserve-clamped says how many.",
-    "max_completion_tokens": "As max_tokens, and before it where both are given.",
-    "min_tokens": "No stop before so many output tokens; at most max_tokens.",
-    "n": f"Choices for each prompt; at most {MAX_SEQUENCES} in one request, 1 where greedy.",
-    "best_of": "At least n: so many are generated for each prompt, and the n with the highest mean "
-    "logprob are the choices; not with stream. With use_beam_search the width.",
-    "use_beam_search": "Search for the most likely answers instead of sampling, with best_of or n "
-    f"beams, at most {MAX_BEAM_WIDTH}. Not with stream, stop, penalties, biases or anything that "
-    "says what an answer must be.",
-    "length_penalty": "Of use_beam_search: the logprob of a beam is divided by the length of "
+    "max_tokens": "The largest number of output tokens. If the prompt leaves less of the context, "
+    "the header x-pyserve-clamped says how many are possible.",
+    "max_completion_tokens": "The same as max_tokens; takes precedence if both are given.",
+    "min_tokens": "Nothing ends the answer before it has so many tokens; at most max_tokens.",
+    "n": f"The number of choices for each prompt: at most {MAX_SEQUENCES} in one request, and 1 if "
+    "sampling is greedy.",
+    "best_of": "The number of answers that are generated for each prompt; the choices are the n "
+    "with the highest mean logprob. At least n; not with stream. With use_beam_search it is the "
+    "width of the beam.",
+    "use_beam_search": "Search for the most likely answers instead of sampling. The width of the "
+    f"beam is best_of or n, at most {MAX_BEAM_WIDTH}. Not with stream, stop, penalties, biases or "
+    "structured output.",
+    "length_penalty": "With use_beam_search: the logprob of a beam is divided by the length of "
     "prompt and answer to this power.",
-    "temperature": "0 is greedy.",
-    "top_k": "The so many most likely tokens; 0 and -1 keep all.",
-    "top_p": "The most likely tokens whose probability reaches so much.",
-    "min_p": "Drops tokens less likely than so much of the most likely one.",
-    "repetition_penalty": "Above 1 against tokens of prompt and output.",
-    "logit_bias": "Token id -> value added to its logit.",
-    "seed": "The same seed, parameters and prompt give the same answer; -1 is none.",
-    "stop": "Ends the answer, which does not hold it; at most "
+    "temperature": "0 is greedy sampling.",
+    "top_k": "Sample only from so many most likely tokens; 0 and -1 keep all tokens.",
+    "top_p": "Sample only from the most likely tokens whose probabilities add up to this value.",
+    "min_p": "Drop tokens whose probability is less than this fraction of the most likely one's.",
+    "repetition_penalty": "Values above 1 make tokens of the prompt and the answer less likely.",
+    "logit_bias": "Token id -> value that is added to its logit.",
+    "seed": "Requests with the same seed, parameters and prompt get the same answer; -1: no seed.",
+    "stop": "Texts that end the answer and are left out of it; at most "
     f"{MAX_STOP_CHARS_IN_ALL} characters in all.",
-    "stop_token_ids": "Ids that end the answer, beside the model's own.",
-    "allowed_token_ids": "No other token is sampled: without the model's EOS among them the answer "
-    "goes on to max_tokens.",
-    "bad_words": "Words whose tokens never come one after another in the answer; at most "
+    "stop_token_ids": "Token ids that end the answer, besides those of the model.",
+    "allowed_token_ids": "The only tokens that may be sampled. If the model's EOS token is not one "
+    "of them, the answer goes on to max_tokens.",
+    "bad_words": "Words whose token sequences never appear in the answer; at most "
     f"{MAX_BAD_WORDS_CHARS} characters in all.",
-    "response_format": "The answer is text, a JSON object, JSON valid by a schema, or text with "
-    "structural tags. What cannot be enforced is refused by its JSON pointer.",
-    "structured_outputs": "One of json (a schema), json_object, regex, choice, grammar (Lark or "
-    "GBNF) and structural_tag: what the answer is, in whole.",
-    "strict": "A schema is enforced either way.",
-    "disable_any_whitespace": "JSON without white space; else at most a space, or a line break "
-    "with its indentation, at each place.",
-    "disable_additional_properties": "Of objects whose schema does not say so.",
-    "whitespace_pattern": "Of spaces, tabs and line breaks; at most 32 where it has no end.",
-    "guided_json": "As structured_outputs.json.",
-    "guided_regex": "As structured_outputs.regex.",
-    "guided_choice": "As structured_outputs.choice.",
-    "guided_grammar": "As structured_outputs.grammar.",
-    "guided_whitespace_pattern": "As structured_outputs.whitespace_pattern, with guided_json.",
-    "include_stop_str_in_output": "Leave in the answer what ended it.",
-    "ignore_eos": "Go on to max_tokens.",
-    "stream": "Answer as server-sent events.",
-    "stream_options": "Of no effect without stream.",
-    "include_usage": "One more frame, before [DONE], with the usage.",
-    "continuous_usage_stats": "With include_usage: every frame has the usage of its choice so far.",
-    "echo": "Show the prompt before the answer; in a chat, the assistant's last message.",
-    "truncate_prompt_tokens": "Keep so many tokens of each prompt, at most the context; -1: as "
-    "many as leave room for max_tokens, all where that fills the context.",
-    "truncation_side": "left, the default, keeps a prompt's last tokens, right its first.",
-    "add_generation_prompt": "End the prompt with what begins an answer; the default is true.",
-    "continue_final_message": "The answer continues the last message.",
-    "chat_template": "Only with --trust-request-chat-template; bounded in length, time and output.",
+    "response_format": "The form of the answer: text, a JSON object, JSON that is valid by a "
+    "schema, or text with structural tags. A schema that cannot be enforced is an error, which "
+    "names the part by its JSON pointer.",
+    "structured_outputs": "The form of the whole answer: exactly one of json (a schema), "
+    "json_object, regex, choice, grammar (Lark or GBNF) and structural_tag.",
+    "strict": "In a tool: true enforces the schema of its arguments even if the model is free to "
+    "call it or not. In the schema of an answer it has no effect, as that is always enforced.",
+    "disable_any_whitespace": "Write JSON without white space. Otherwise each place may have one "
+    "space, or one line break with its indentation.",
+    "disable_additional_properties": "Allow no additional properties in objects whose schema does "
+    "not mention them.",
+    "whitespace_pattern": "A regular expression for the white space in JSON, of spaces, tabs and "
+    "line breaks. If it has no upper limit, the limit is 32 characters.",
+    "guided_json": "The same as structured_outputs.json.",
+    "guided_regex": "The same as structured_outputs.regex.",
+    "guided_choice": "The same as structured_outputs.choice.",
+    "guided_grammar": "The same as structured_outputs.grammar.",
+    "guided_whitespace_pattern": "The same as structured_outputs.whitespace_pattern, for "
+    "guided_json.",
+    "include_stop_str_in_output": "Keep the stop text at the end of the answer.",
+    "ignore_eos": "Do not end the answer at the EOS token, but go on to max_tokens.",
+    "stream": "Send the answer as server-sent events.",
+    "stream_options": "Has no effect without stream.",
+    "include_usage": "Send one more event with the usage before [DONE].",
+    "continuous_usage_stats": "With include_usage: every event has the usage of its choice so far.",
+    "echo": "Put the prompt before the answer; in a chat, the assistant's last message.",
+    "truncate_prompt_tokens": "Keep only so many tokens of each prompt, at most the context. -1 "
+    "keeps as many as leave room for max_tokens, or all if max_tokens fills the context.",
+    "truncation_side": "left, the default, keeps the last tokens of a prompt, right the first.",
+    "add_generation_prompt": "End the prompt with the text that begins an answer; true by default.",
+    "continue_final_message": "Continue the last message instead of beginning a new one.",
+    "chat_template": "A chat template for this request. Needs --trust-request-chat-template; its "
+    "length, running time and output are limited.",
     "chat_template_kwargs": "Variables for the chat template.",
-    "documents": "For chat templates that show documents.",
-    "reasoning_effort": "For chat templates with the variable reasoning_effort or enable_thinking.",
-    "thinking_token_budget": "Behind so many tokens of thinking it is closed; -1: never. Only with "
-    "--reasoning-parser.",
-    "include_reasoning": "false: what the model thinks is left out; only with --reasoning-parser.",
-    "tools": "What the model may call; shown to it by the chat template.",
-    "tool_choice": "auto is the default; required and a function's name make the answer a "
-    "call; none keeps tools out of the prompt; allowed_tools shows some of them alone.",
-    "parallel_tool_calls": "false keeps the first call only.",
-    "tool_calls": "Calls of an earlier answer.",
-    "tool_call_id": "Of a message with the role tool: the call that it answers.",
-    "return_token_strs": "Also the tokens as they stand in the vocabulary.",
-    "priority": "Lower goes first; only with --scheduling-policy priority.",
-    "cache_salt": "The prefix cache is shared only by requests with the same one.",
-    "request_id": "Becomes part of the answer's id.",
-    "input": "What the user says, or items: messages, thinking, calls of tools and what they gave, "
-    "references to items of stored responses. Those of other kinds are passed over.",
-    "instructions": "What the system says first; not carried over to the next response.",
-    "max_output_tokens": "Output tokens at most, as max_tokens of a chat.",
-    "text": "What the answer's text is: text, a JSON object, or JSON valid by a schema.",
-    "reasoning": "effort as reasoning_effort of a chat; with a summary, what the model thinks is "
-    "told as one.",
-    "include": f"{LOGPROBS} alone has an effect.",
-    "store": "false: the response cannot be asked for again.",
-    "previous_response_id": "Go on with a stored response and all those before it.",
-    "background": "Answer at once and generate without a client; needs store.",
+    "documents": "Documents for the chat template, if it shows any.",
+    "reasoning_effort": "How much the model should think. Needs a chat template with the variable "
+    "reasoning_effort or enable_thinking.",
+    "thinking_token_budget": "The largest number of tokens of thinking, which is then ended; -1: "
+    "no limit. Needs --reasoning-parser.",
+    "include_reasoning": "false leaves the thinking out of the answer. Needs --reasoning-parser.",
+    "tools": "The tools that the model may call. The chat template shows them to the model.",
+    "tool_choice": "auto, the default, leaves it to the model whether it calls a tool. required or "
+    "the name of a function makes it call one. none leaves the tools out of the prompt. "
+    "allowed_tools shows only some of them.",
+    "parallel_tool_calls": "false keeps only the first call of an answer.",
+    "tool_calls": "The tool calls of an earlier answer.",
+    "tool_call_id": "In a message with the role tool: the id of the call that it answers.",
+    "return_token_strs": "Return the tokens also as they are written in the vocabulary.",
+    "priority": "Requests with a lower value are run first. Needs --scheduling-policy priority.",
+    "cache_salt": "Only requests with the same value share the prefix cache.",
+    "request_id": "Becomes a part of the id of the answer.",
+    "input": "A text of the user, or a list of items: messages, reasoning, tool calls, results of "
+    "tool calls and references to items of stored responses. Items of other kinds are ignored.",
+    "instructions": "A system message for this response only, not for those that build on it.",
+    "max_output_tokens": "The largest number of output tokens, as max_tokens of a chat.",
+    "text": "The form of the answer: text, a JSON object, or JSON that is valid by a schema.",
+    "reasoning": "effort is the reasoning_effort of a chat. If summary is given, the thinking is "
+    "returned as a summary.",
+    "include": f"Only {LOGPROBS} has an effect.",
+    "store": "false: do not store the response.",
+    "previous_response_id": "The id of a stored response: continue its conversation.",
+    "background": "Answer at once and generate without a connected client. Needs store.",
     "truncation": "auto cuts the beginning of a prompt that is too long.",
-    "metadata": f"Shown again in the response; at most {MAX_PAIRS} entries.",
-    "safety_identifier": "Shown again in the response.",
-    "prompt_cache_key": "Shown again in the response; prompts are cached either way.",
-    "add_special_tokens": "Let the tokenizer add its own; true for text, false for messages.",
+    "metadata": f"Returned unchanged; at most {MAX_PAIRS} entries.",
+    "safety_identifier": "Returned unchanged in the response.",
+    "prompt_cache_key": "Returned unchanged in the response. Prompts are cached with or without "
+    "it.",
+    "add_special_tokens": "Let the tokenizer add special tokens. By default true for a text and "
+    "false for messages.",
     "skip_special_tokens": "Leave special tokens out of the text.",
-    "system": "What the model is told first; a text, or blocks of text.",
-    "stop_sequences": "As stop in a chat: each ends the answer, which does not hold it.",
-    "thinking": "Without it the model is asked not to think, and what it thinks is not shown.",
-    "output_config": "effort: how much to think; format: a JSON schema for the answer.",
-    "input_schema": "JSON schema of the arguments; a tool without one is refused.",
-    "defer_loading": "true: shown to the model once a tool_reference names it.",
-    "disable_parallel_tool_use": "true keeps the first call only.",
-    "tool_use_id": "Of a tool_result: the call that it answers, which must stand before it.",
+    "system": "The system message: a text, or blocks of text.",
+    "stop_sequences": "Texts that end the answer and are left out of it.",
+    "thinking": "How the model thinks. If it is absent, the model is asked not to think, and "
+    "thinking is not shown.",
+    "output_config": "effort says how much to think; format holds a JSON schema for the answer.",
+    "input_schema": "The JSON schema of the arguments, which every tool needs.",
+    "defer_loading": "true shows the tool to the model only when a tool_reference names it.",
+    "disable_parallel_tool_use": "true keeps only the first call of an answer.",
+    "tool_use_id": "In a tool_result: the id of the call that it answers, which must come before "
+    "it.",
     "is_error": "true: the result begins with Error: in the prompt.",
-    "encoding_format": "float, the default, or base64: of float32, the lowest byte first.",
-    "dimensions": "Keep so many numbers of each vector, the first ones, at most all of them.",
-    "use_activation": "Of embeddings: divide them by their length; as the model says where it is "
-    "absent. Of scores false gives logits in place of numbers between 0 and 1.",
-    "queries": "One or as many as there are documents; text_1 and data_1 are the same field.",
-    "text_1": "As queries.",
-    "data_1": "As queries.",
-    "items": "As documents.",
-    "text_2": "As documents.",
-    "data_2": "As documents.",
-    "instruction": "What a document is to be judged by; the model has one of its own.",
-    "query": "What is looked for.",
-    "top_n": "So many of the results, the best ones; 0, the default, is all.",
-    "max_tokens_per_doc": "Of a longer document the first so many tokens count; 0 is any number.",
-    "return_documents": "false leaves their texts out of the results.",
-    "signature": "Of a thinking: what came with it; it brings back a thinking that was not shown.",
+    "encoding_format": "float, the default, or base64 of little-endian float32 numbers.",
+    "dimensions": "Keep only so many numbers of each vector, from its start. By default all.",
+    "use_activation": "For embeddings: divide each vector by its length; the default is that of "
+    "the model. For scores: false returns logits instead of numbers between 0 and 1.",
+    "queries": "One query, or as many as there are documents. text_1 and data_1 are other names of "
+    "this field.",
+    "text_1": "The same as queries.",
+    "data_1": "The same as queries.",
+    "items": "The same as documents.",
+    "text_2": "The same as documents.",
+    "data_2": "The same as documents.",
+    "instruction": "Says by what documents are judged; by default an instruction of the model.",
+    "query": "The text that documents are compared with.",
+    "top_n": "Return only so many of the best results; 0, the default, returns all.",
+    "max_tokens_per_doc": "Use only so many tokens of each document, from its start; 0: no limit.",
+    "return_documents": "false leaves the texts of the documents out of the results.",
+    "signature": "In a thinking block: the signature that came with it. If the thinking itself was "
+    "not shown, the signature restores it.",
 }
 
 _FUNCTION = {"properties": {"type": {"enum": ["function"]}}}
@@ -245,13 +261,13 @@ _TEXT = {"type": "string", "minLength": 1}
 _LISTED = {"type": "array", "minItems": 1, "maxItems": MAX_SEQUENCES}
 _PROMPTS = [_TEXT, _IDS, {**_LISTED, "items": _TEXT}, {**_LISTED, "items": _IDS}]
 _POOLED_CUT = {
-    "description": "Keep so many tokens of each text, at most the context; -1: as many as that "
-    "has. Of a pair the document is cut.",
+    "description": "Keep only so many tokens of each text, at most the context; -1 is the whole "
+    "context. Of a pair only the document is cut.",
     "anyOf": [{"type": "integer", "minimum": -1, "not": {"const": 0}}, {"type": "null"}],
     "default": None,
 }
 _POOLED_SIDE = {
-    "description": "right, the default, keeps the beginning of a text, left its end.",
+    "description": "right, the default, keeps the first tokens of a text, left the last.",
     "anyOf": [{"type": "string", "enum": ["left", "right"]}, {"type": "null"}], "default": None,
 }  # fmt: skip
 _POOLED = {"truncate_prompt_tokens": _POOLED_CUT, "truncation_side": _POOLED_SIDE}
@@ -271,7 +287,7 @@ REPLACED: dict[str, Schema] = {
                 "anyOf": _PROMPTS,
             },
             "max_tokens": {
-                "description": DESCRIPTIONS["max_tokens"] + " 0 only with echo.",
+                "description": DESCRIPTIONS["max_tokens"] + " 0 needs echo.",
                 "anyOf": [{"type": "integer", "minimum": 0}, {"type": "null"}],
                 "default": 16,
             },
@@ -294,7 +310,7 @@ REPLACED: dict[str, Schema] = {
             **_POOLED,
             "documents": {
                 "description": "One or as many as there are queries, at most "
-                f"{MAX_SEQUENCES}; items, text_2 and data_2 are the same field.",
+                f"{MAX_SEQUENCES}. items, text_2 and data_2 are other names of this field.",
                 "anyOf": [
                     {"type": "string"}, {**_LISTED, "items": {"type": "string"}}, {"type": "null"},
                 ],
@@ -345,7 +361,7 @@ REPLACED: dict[str, Schema] = {
             **_ANY_TYPE,
             "thinking": {
                 "anyOf": [{"type": "string"}, {"type": "null"}], "default": None,
-                "description": "Of a thinking: what the model thought.",
+                "description": "In a thinking block: what the model thought.",
             },
         },
     },
@@ -354,7 +370,7 @@ REPLACED: dict[str, Schema] = {
         "properties": {
             "type": {
                 "anyOf": [{"type": "string"}, {"type": "null"}],
-                "description": "custom, or none; a tool of any other type is left out.",
+                "description": "custom or absent; a tool of any other type is ignored.",
             }
         },
     },
@@ -364,11 +380,11 @@ REPLACED: dict[str, Schema] = {
             "type": _one_of(THINKING_TYPES),
             "budget_tokens": {
                 "anyOf": [{"type": "integer", "minimum": MIN_THINKING_TOKENS}, {"type": "null"}],
-                "description": "Less than max_tokens.",
+                "description": "The largest number of tokens of thinking, less than max_tokens.",
             },
             "display": {
                 "anyOf": [_one_of(THINKING_DISPLAYS), {"type": "null"}],
-                "description": "omitted: the thinking is in the signature alone.",
+                "description": "omitted returns the thinking only inside the signature.",
             },
         },
     },
