@@ -169,7 +169,7 @@ def _check_paths(args: argparse.Namespace, config: ServerConfig) -> None:
         path = os.path.expanduser(name)
         if not _may_be_found(name):
             raise ConfigError(f"{flag} {name[:200]} is neither a folder nor a name on the hub")
-        has_config = os.path.isfile(os.path.join(path, "config.json"))
+        has_config = os.path.lexists(os.path.join(path, "config.json"))
         if flag == "--model" and os.path.isdir(path) and not has_config:
             raise ConfigError(f"{flag} {name}: there is no config.json in this folder")
     if launch.generation_config not in ("auto", "vllm"):
@@ -234,11 +234,11 @@ def _tokenizer(folder: Path) -> Tokenizer:
     from pyserve.text.tokenizer import Tokenizer
     from pyserve.text.tokenizer_json import TOKENIZER_FILE
 
-    if (folder / TOKENIZER_FILE).is_file():
+    if os.path.lexists(folder / TOKENIZER_FILE):
         return Tokenizer.from_folder(folder)
     from pyserve.text.sentencepiece_model import MODEL_FILE, convert_model
 
-    if (folder / MODEL_FILE).is_file():
+    if os.path.lexists(folder / MODEL_FILE):
         return Tokenizer.from_folder(folder, converted=convert_model(folder))
     from pyserve.text.convert import convert_tokenizer
 
@@ -301,7 +301,7 @@ def _load(
     if launch.model is not None:
         model_path = _resolve(args, report, preload, flag="--model", revision=launch.revision)
         report("start", 0, 0)  # ends the download phase
-    if not (model_path / "config.json").is_file():
+    if not os.path.lexists(model_path / "config.json"):
         raise CheckpointError(f"--model {launch.model}: there is no config.json in {model_path}")
     tokenizer_path = model_path
     if launch.tokenizer is not None:

@@ -19,6 +19,7 @@ from pyserve.errors import CheckpointError, PyserveError
 from pyserve.log import get_logger
 
 MAX_TEXT_BYTES = 128 * 2**20  # any file but weights; the largest tokenizers have 40 MB
+MAX_OBJECT_BYTES = 16 * 2**20  # JSON that is decoded to Python objects, which take 20 times as much
 MAX_REASON_CHARS = 200
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]").search
@@ -56,11 +57,15 @@ def reason_of(error: BaseException) -> str:
 def open_regular(path: Path) -> int:
     """Open a regular file; returns a file descriptor for reading.
 
-    Raises FileNotFoundError where it does not exist, and CheckpointError for all else.
+    Raises FileNotFoundError where it does not exist, and CheckpointError for all else. A link to
+    nothing counts as a file whose content is lost, as in a cache that was cleaned in part, and not
+    as one that the folder does not have.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if os.path.islink(path):
+            raise CheckpointError(f"{shown(path)}: is a link to a file that is gone") from error
         raise
     except (OSError, ValueError) as error:  # an invalid name raises one or the other
         reason = (isinstance(error, OSError) and error.strerror) or "no name of a file"
@@ -101,13 +106,13 @@ def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str | None:
         raise CheckpointError(f"{path}: is not UTF-8 (byte {error.start})") from error
 
 
-def read_object(path: Path, limit: int = MAX_TEXT_BYTES) -> dict[str, Any] | None:
+def read_object(path: Path, limit: int = MAX_OBJECT_BYTES) -> dict[str, Any] | None:
     """The JSON object in a file; None where there is no file. Raises CheckpointError."""
     content = read_bytes(path, limit)
     return None if content is None else decode_object(content, str(path))
 
 
-def read_list(path: Path, limit: int = MAX_TEXT_BYTES) -> list[Any] | None:
+def read_list(path: Path, limit: int = MAX_OBJECT_BYTES) -> list[Any] | None:
     """The JSON list in a file; None where there is no file. Raises CheckpointError."""
     content = read_bytes(path, limit)
     if content is None:

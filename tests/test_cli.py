@@ -275,6 +275,14 @@ def test_a_tokenizer_is_read_or_converted_by_what_the_folder_has(tmp_path: Path)
     assert cli._tokenizer(tmp_path).encode("the fox", add_special_tokens=True) == expected
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_tokenizer_file_that_is_none_is_not_passed_over(name: str, tmp_path: Path) -> None:
+    samples.byte_level().model.save(str(tmp_path))  # vocab.json and merges.txt
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match="not a regular file|pip install sentence"):
+        cli._tokenizer(tmp_path)
+
+
 def test_grammars_are_prepared_beside_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     vocab_size = ModelConfig.from_path(DEMO_MODEL).vocab_size
     is_prepared = threading.Event()

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from pyserve.errors import CheckpointError, ConfigError
-from pyserve.model_files import decode_object, guarded, read_bytes, read_object, read_text
+from pyserve.model_files import (
+    MAX_OBJECT_BYTES,
+    decode_object,
+    guarded,
+    read_bytes,
+    read_list,
+    read_object,
+    read_text,
+)
 
 
 class PanicException(BaseException):
@@ -23,6 +31,25 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "pipe", Path("/dev/null")):
         with pytest.raises(CheckpointError, match=f"{path}: .*not a regular file"):
             read_bytes(path)
+
+
+def test_a_link_to_nothing_is_no_missing_file(tmp_path: Path) -> None:
+    (tmp_path / "gone.json").symlink_to("../blobs/cleaned")
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    for name, says in (("gone", "is a link to a file that is gone"), ("loop", "cannot be read")):
+        for read in (read_bytes, read_text, read_object):
+            with pytest.raises(CheckpointError, match=f"{name}.json: {says}"):
+                read(tmp_path / f"{name}.json")
+
+
+def test_an_object_has_a_lower_limit_than_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "f.json"
+    path.write_bytes(b"{}")
+    os.truncate(path, MAX_OBJECT_BYTES + 1)
+    assert len(read_text(path) or "") == MAX_OBJECT_BYTES + 1
+    for read in (read_object, read_list):
+        with pytest.raises(CheckpointError, match=f"f.json: has .*the limit is {MAX_OBJECT_BYTES}"):
+            read(path)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "x/" * 5000, "a\0b", "\ud800"])

@@ -38,7 +38,6 @@ from pyserve.model_files import guarded, read_object
 
 CheckpointDtype = Literal["float32", "bfloat16", "float16"]
 
-MAX_CONFIG_BYTES = 16 * 2**20
 MAX_LAYERS = 4096
 MAX_HEADS = 4096
 MAX_WIDTH = 2**22  # hidden_size, intermediate_size
@@ -306,7 +305,7 @@ def _mlps(
 def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json in `folder`. Raises CheckpointError if it is missing or no JSON object."""
     path = folder / "config.json"
-    raw = read_object(path, MAX_CONFIG_BYTES)
+    raw = read_object(path)
     if raw is None:
         raise CheckpointError(f"{path}: No such file or directory")
     return raw

@@ -83,8 +83,9 @@ def _convert(folder: Path, path: Path) -> Converted:
     files = TokenizerFiles.read(folder)
     prefix = prefix_of(files.config, files.model_config)
     model = sentencepiece_model_pb2.ModelProto()
+    content = read_bytes(path)
     try:
-        model.ParseFromString(read_bytes(path) or b"")
+        model.ParseFromString(content or b"")
         model.normalizer_spec.add_dummy_prefix &= prefix != "never"
         processor = SentencePieceProcessor(model_proto=model.SerializeToString())
     except Exception as error:  # they raise exceptions of many types

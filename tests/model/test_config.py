@@ -12,9 +12,10 @@ import pytest
 
 from pyserve.config import DEMO_MODEL
 from pyserve.errors import CheckpointError, ConfigError
-from pyserve.model.config import MAX_CONFIG_BYTES, ModelConfig
+from pyserve.model.config import ModelConfig
 from pyserve.model.layer_config import AttentionConfig, LayerConfig, MLPConfig, NormConfig
 from pyserve.model.rope_config import RopeConfig
+from pyserve.model_files import MAX_OBJECT_BYTES
 from tests.model import oracle
 
 LLAMA: dict[str, Any] = {
@@ -349,7 +350,7 @@ def test_a_missing_or_huge_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="config.json: No such file"):
         ModelConfig.from_path(tmp_path)
     with (tmp_path / "config.json").open("wb") as file:
-        file.truncate(MAX_CONFIG_BYTES + 1)
+        file.truncate(MAX_OBJECT_BYTES + 1)
     with pytest.raises(CheckpointError, match="the limit is"):
         ModelConfig.from_path(tmp_path)
 
