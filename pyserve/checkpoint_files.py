@@ -32,14 +32,20 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map must be an object that names tensors")
     for name, file_name in weight_map.items():
+        if not name.isprintable():
+            raise CheckpointError(
+                f"{index}: the tensor name {name[:MAX_SHOWN_CHARS]!r} is not printable"
+            )
         if not isinstance(file_name, str) or not _is_weights_file(file_name):
             raise CheckpointError(
                 f"{index}: weight_map[{name[:MAX_SHOWN_CHARS]}] must be a safetensors file "
-                f"of the same folder"
+                f"of the same folder, got {file_name!r:.300}"
             )
     return weight_map
 
 
 def _is_weights_file(name: str) -> bool:
-    is_plain = not set(name) & {"/", "\\", "\0"} and len(name.encode()) <= MAX_NAME_BYTES
+    is_plain = (
+        name.isprintable() and not set(name) & {"/", "\\"} and len(name.encode()) <= MAX_NAME_BYTES
+    )
     return is_plain and name.endswith(".safetensors")

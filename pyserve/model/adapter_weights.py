@@ -9,6 +9,7 @@ field.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -151,7 +152,7 @@ def _trained_name(saved: str, module: str) -> str:
 def _index(folder: Path, targets: Mapping[str, Target]) -> dict[str, _Stored]:
     """The stored tensors of each module in the file, by the module's name in the base model."""
     path = folder / WEIGHTS_FILE
-    if not path.exists():
+    if not os.path.lexists(path):
         pickles = [name for name in PICKLES if (folder / name).exists()]
         if pickles:
             raise CheckpointError(

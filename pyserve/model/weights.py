@@ -36,6 +36,7 @@ from pyserve.model.upload import Upload
 from pyserve.model_files import decode_object, guarded, open_regular
 
 MAX_DIMS = 8
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 BUFFER_BYTES = 64 * 2**20
 # Threads that read for a card: one copies 3 to 8 GB/s from the page cache, a card takes 25 to 50.
 NUM_READERS = 8
@@ -70,19 +71,21 @@ def index_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     Raises CheckpointError.
     """
     single = folder / SINGLE_FILE
-    if single.exists():
+    if os.path.lexists(single):  # what is no file is refused as that, not passed over
         return {tensor.name: tensor for tensor in read_header(single)}
     index = folder / INDEX_FILE
-    if not index.exists():
+    if not os.path.lexists(index):
+        others = [path.name for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES]
+        instead = f", only {name_some(others)}" if others else ""
         raise CheckpointError(
-            f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; "
-            f"only safetensors checkpoints are loaded"
+            f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}{instead}; "
+            "only safetensors checkpoints with these names are loaded"
         )
     weight_map = read_weight_map(index)
     tensors: dict[str, StoredTensor] = {}
     for file_name in sorted(set(weight_map.values())):
         path = folder / file_name
-        if not os.path.exists(path):
+        if not os.path.lexists(path):
             raise CheckpointError(f"{path} is missing, but {INDEX_FILE} lists it")
         for tensor in read_header(path):
             # The index may list another file for this tensor; then that file's counts.
@@ -334,20 +337,26 @@ def _parse_entry(path: Path, name: str, entry: Any, data_offset: int) -> StoredT
     def broken(what: str) -> CheckpointError:
         return CheckpointError(f"{path}: tensor {name[:MAX_SHOWN_CHARS]}: {what}")
 
+    if not name.isprintable():  # no tensor of a model, and a message would have several lines
+        raise CheckpointError(
+            f"{path}: the tensor name {name[:MAX_SHOWN_CHARS]!r} is not printable"
+        )
     if not isinstance(entry, dict):
-        raise broken("its header entry must be an object")
+        raise broken(f"its header entry must be an object, got {entry!r:.80}")
     dtype = entry.get("dtype")
     if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
-        raise broken(f"unknown dtype {str(dtype)[:80]}")
+        raise broken(f"unknown dtype {dtype!r:.80}")
     shape = entry.get("shape")
     if not _are_sizes(shape) or len(shape) > MAX_DIMS:
-        raise broken(f"shape must be at most {MAX_DIMS} sizes of 0 or more")
+        raise broken(f"shape must be at most {MAX_DIMS} sizes of 0 or more, got {shape!r:.80}")
     offsets = entry.get("data_offsets")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise broken("data_offsets must be [begin, end]")
+        raise broken(f"data_offsets must be [begin, end], got {offsets!r:.80}")
     num_bytes = prod(shape) * TORCH_DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != num_bytes:
-        raise broken(f"shape and dtype need {num_bytes} bytes, data_offsets give another number")
+        raise broken(
+            f"shape and dtype need {num_bytes} bytes, data_offsets give {offsets[1] - offsets[0]}"
+        )
     return StoredTensor(name, dtype, tuple(shape), path, data_offset + offsets[0], num_bytes)
 
 

@@ -216,7 +216,7 @@ def _read_model(args: argparse.Namespace) -> tuple[ModelConfig, int | None]:
 def _read_headers(args: argparse.Namespace, folder: Path) -> tuple[ModelConfig, int | None]:
     config = _engine_config(args)
     model = ModelConfig.from_path(folder, use=config.use).quantised_as(config.quantization)
-    if not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+    if not any(os.path.lexists(folder / name) for name in (SINGLE_FILE, INDEX_FILE)):
         return model, None
     check_checkpoint(folder, model)
     return model, sum(tensor.num_bytes for tensor in index_checkpoint(folder).values())

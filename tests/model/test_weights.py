@@ -82,11 +82,12 @@ BROKEN_HEADERS: dict[str, tuple[dict[str, Any], int]] = {
     "need 16 bytes": ({"a": entry("F32", [2, 2], 0, 12)}, 12),
     "need 0 bytes": ({"a": entry("F32", [0, 2], 0, 8)}, 8),
     "data_offsets must": ({"a": entry("F32", [2, 2], 16, 0)}, 16),
-    "unknown dtype F33": ({"a": entry("F33", [2, 2], 0, 16)}, 16),
+    "unknown dtype 'F33'": ({"a": entry("F33", [2, 2], 0, 16)}, 16),
     "shape must": ({"a": entry("F32", [-2, -2], 0, 16)}, 16),
     "shape must be": ({"a": entry("F32", [2**63, 2], 0, 16)}, 16),
     "at most 8": ({"a": entry("F32", [1] * 9, 0, 4)}, 4),
-    "must be an object": ({"a": [1, 2]}, 0),
+    "must be an object, got [1, 2]": ({"a": [1, 2]}, 0),
+    "the tensor name 'a\\nb\\x1b' is not printable": ({"a\nb\x1b": entry("F32", [1], 0, 4)}, 4),
     "shape must be at most": ({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, 4),
     "must be [begin, end]": ({"a": {"dtype": "F32", "shape": [1]}}, 4),
     "unknown dtype None": ({"a": {"shape": [1], "data_offsets": [0, 4]}}, 4),
@@ -97,7 +98,7 @@ BROKEN_HEADERS: dict[str, tuple[dict[str, Any], int]] = {
         4,
     ),
     # The product overflows 64 bits to 16; ours does not.
-    "data_offsets give another number": (
+    "need 73786976294838206464 bytes, data_offsets give 0": (
         {"a": entry("F32", [2**31, 2**31, 4], 0, 0)},
         0,
     ),
@@ -168,6 +169,21 @@ def test_random_damage_never_escapes_as_another_error(tmp_path: Path) -> None:
         size = path.stat().st_size
         assert all(0 <= t.offset <= t.offset + t.num_bytes <= size for t in tensors)
     assert 500 < num_refused < 1000
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", INDEX_FILE, "m-1.safetensors"])
+def test_a_link_to_a_file_that_is_gone_is_named(name: str, tmp_path: Path) -> None:
+    if name == "m-1.safetensors":
+        write_index(tmp_path, {"a": name})
+    (tmp_path / name).symlink_to("../blobs/cleaned")
+    with pytest.raises(CheckpointError, match=f"{name}: is a link to a file that is gone"):
+        index_checkpoint(tmp_path)
+
+
+def test_an_index_with_a_name_of_two_lines(tmp_path: Path) -> None:
+    write_index(tmp_path, {"a\nb": "m.safetensors"})
+    with pytest.raises(CheckpointError, match=r"the tensor name 'a\\nb' is not printable"):
+        index_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "fifo"])
@@ -262,6 +278,7 @@ def test_a_tensor_that_only_the_index_knows_is_named(tmp_path: Path) -> None:
         {"a": "m.bin"},
         {"a": ".."},
         {"a": "m" * 300 + ".safetensors"},
+        {"a": "m\n.safetensors"},
     ],
     ids=lambda value: repr(value)[:40],
 )
@@ -273,5 +290,5 @@ def test_an_index_that_points_elsewhere(weight_map: Any, tmp_path: Path) -> None
 
 def test_a_folder_without_safetensors(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="only safetensors"):
+    with pytest.raises(CheckpointError, match=r"only pytorch_model.bin; only safetensors"):
         index_checkpoint(tmp_path)
