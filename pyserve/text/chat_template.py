@@ -8,6 +8,7 @@ apart from the template's control tokens (guard.py).
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -366,7 +367,7 @@ def _read_sources(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, st
     tokenizer_config.json, which is one text or a list of named texts. Raises CheckpointError.
     """
     path = folder / TEMPLATE_FILE
-    if path.is_file():
+    if os.path.lexists(path):
         files = {_DEFAULT: path}
         extra = folder / "additional_chat_templates"
         files |= {file.stem: file for file in sorted(extra.glob("*.jinja"))}
@@ -378,11 +379,14 @@ def _read_sources(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, st
         return {}, origin
     if isinstance(value, str):
         return {_DEFAULT: value}, origin
-    if isinstance(value, list):
-        named = [(item.get("name"), item.get("template")) for item in value
-                 if isinstance(item, dict)]  # fmt: skip
+    if isinstance(value, list | dict):  # an object of texts is what a list stands for
+        named = list(value.items()) if isinstance(value, dict) else [
+            (item.get("name"), item.get("template")) for item in value if isinstance(item, dict)
+        ]  # fmt: skip
         if len(named) == len(value) and all(
             isinstance(text, str) for pair in named for text in pair
         ):
             return {str(name): str(text) for name, text in named}, origin
-    raise CheckpointError(f"{origin} must be text or a list of {{name, template}}")
+    raise CheckpointError(
+        f"{origin} must be text or a list of {{name, template}}, got {value!r:.80}"
+    )

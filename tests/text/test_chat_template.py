@@ -345,13 +345,32 @@ FAULTS: list[tuple[Any, str]] = [
     (7, "must be text or a list of {name, template}"),
     ([{"name": "default"}], "must be text or a list"),
     (["x"], "must be text or a list"),
-    ({"a": "b"}, "must be text or a list"),
+    ({"a": "b"}, "no template is named default, only a"),
+    ({"default": 5}, "must be text or a list of {name, template}, got {"),
     ([{"name": "rag", "template": "x"}], "no template is named default, only rag"),
     ("{% if %}", r"not a valid chat template: .*\(line 1\)"),
     ("{{ messages | xmlattr }}", "No filter named 'xmlattr'"),
     ("x" * (2**20 + 1), "the limit is 1048576"),
     ("{% if messages %}{{ messages | xmlattr }}{% endif %}", "No filter named 'xmlattr'"),
 ]
+
+
+def test_an_object_of_templates_is_a_list_of_them(tmp_path: Path) -> None:
+    named = {"default": "for chats", "tool_use": "for tools"}
+    samples.save(samples.byte_level(), tmp_path, chat_template=named)
+    template = ChatTemplate.load(Tokenizer.from_folder(tmp_path))
+    assert template.render(user("a")) == "for chats" and not template.faults
+
+
+def test_a_template_file_that_is_none_does_not_bring_back_an_older_one(tmp_path: Path) -> None:
+    samples.save(samples.byte_level(), tmp_path, chat_template="older")
+    for make in (lambda path: path.symlink_to("gone"), Path.mkdir):
+        make(tmp_path / "chat_template.jinja")
+        template = ChatTemplate.load(Tokenizer.from_folder(tmp_path))
+        with pytest.raises(ChatTemplateError, match="chat_template.jinja: "):
+            template.render(user("a"))
+        if (tmp_path / "chat_template.jinja").is_symlink():
+            (tmp_path / "chat_template.jinja").unlink()
 
 
 @pytest.mark.parametrize(("value", "words"), FAULTS, ids=range(len(FAULTS)))
