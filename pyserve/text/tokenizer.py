@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import tokenizers
 from tokenizers import decoders, models
 
 from pyserve.errors import CheckpointError, ConfigError, InvalidRequestError
+from pyserve.limits import MAX_STOP_TOKEN_IDS
 from pyserve.model_files import guarded, is_panic, read_object
 from pyserve.params import INT32_MAX, MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY, MIN_TOP_P
 from pyserve.text.decoding import TokenDecoder, parse_layout
@@ -31,6 +32,7 @@ from pyserve.text.tokenizer_class import class_of, set_surroundings, warn_of_fla
 from pyserve.text.tokenizer_files import (
     TokenizerFiles,
     add_tokens,
+    check_surroundings,
     extra_tokens,
     make_special,
     named_tokens,
@@ -41,6 +43,8 @@ from pyserve.text.tokenizer_json import TOKENIZER_FILE, place_of, read_backend, 
 
 PIECE_TOKENS = 2**16  # decoded at a time, which takes a few milliseconds
 NO_LIMIT = 2**62
+MAX_TOKEN_CHARS = 1000  # llguidance takes 1024 bytes
+MAX_EOS_IDS = MAX_STOP_TOKEN_IDS - 1  # in a file; the tokenizer may name one more
 
 _SURROGATE = re.compile("[\ud800-\udfff]").search
 
@@ -91,6 +95,7 @@ class Tokenizer:
         self.special_token_ids = frozenset(id_ for id_, token in added.items() if token.special)
         self.control_tokens = frozenset(token.content for token in added.values() if token.special)
         vocab = backend.get_vocab(with_added_tokens=True)
+        _check_lengths(vocab, folder)
         self.vocab_size: int = max(vocab.values(), default=-1) + 1
         self.eos_token_id = self.token_to_id(self.special_tokens.get("eos_token", ""))
         spec = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
@@ -119,8 +124,10 @@ class Tokenizer:
         else:
             backend = converted.backend
             is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
-        backend.no_truncation()  # some folders have truncation and padding left over from training
+        backend.no_truncation()  # some folders have settings left over from training
         backend.no_padding()
+        if isinstance(backend.model, models.BPE):
+            backend.model.dropout = None
         try_out(backend, folder / (converted.source if converted else TOKENIZER_FILE))
         found = None
         if isinstance(backend.model, models.BPE):
@@ -148,6 +155,7 @@ class Tokenizer:
             )
         else:
             warn_of_flags(backend, config, names)
+        check_surroundings(backend, files)
         warn_of_ids(backend, files, names)
         backend.encode_special_tokens = config.get("split_special_tokens") is True
         return cls(backend, folder=folder, config=config, special_tokens=names)
@@ -334,6 +342,16 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+def _check_lengths(tokens: Iterable[str], folder: Path) -> None:
+    """Refuse a token so long that llguidance panics, and that the guard of chats takes GBs for."""
+    longest = max(tokens, key=len, default="")
+    if len(longest) > MAX_TOKEN_CHARS:
+        raise CheckpointError(
+            f"{folder}: the tokenizer's token {longest:.40}... has {len(longest)} characters, the "
+            f"limit is {MAX_TOKEN_CHARS}"
+        )
+
+
 def _plain_token_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
     """Ids of added tokens, whose text is their string as it is written.
 
@@ -356,7 +374,12 @@ def _eos_ids(path: Path, value: object) -> tuple[int, ...]:
             raise CheckpointError(
                 f"{path}: eos_token_id must be a token id or a list of them, got {token_id!r:.80}"
             )
-    return tuple(dict.fromkeys(ids))
+    distinct = tuple(dict.fromkeys(ids))
+    if len(distinct) > MAX_EOS_IDS:  # else each request would be refused for it
+        raise CheckpointError(
+            f"{path}: eos_token_id has {len(distinct)} ids, the limit is {MAX_EOS_IDS}"
+        )
+    return distinct
 
 
 def _number_in(

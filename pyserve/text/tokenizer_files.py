@@ -170,6 +170,17 @@ def add_tokens(
             backend.add_tokens([_made_special(added, names)])
 
 
+def check_surroundings(backend: tokenizers.Tokenizer, files: TokenizerFiles) -> None:
+    """Refuse a tokenizer that puts ids around every text that the model has no embedding for."""
+    size = files.num_embeddings
+    beyond = [token_id for token_id in backend.encode("").ids if token_id >= size > 0]
+    if beyond:
+        raise CheckpointError(
+            f"{files.folder}: the tokenizer puts the id {beyond[0]} around every text, which is "
+            f"beyond the vocab_size of config.json, {size}"
+        )
+
+
 def warn_of_ids(
     backend: tokenizers.Tokenizer, files: TokenizerFiles, names: Mapping[str, str]
 ) -> None:
@@ -182,13 +193,15 @@ def warn_of_ids(
             "%s: eos_token %r has no id in any file, so it ends no answer", files.folder, eos
         )
     size = files.num_embeddings
-    added = backend.get_added_tokens_decoder()
-    beyond = sorted(token_id for token_id in added if token_id >= size > 0)
+    ids = set(backend.get_added_tokens_decoder())
+    if backend.get_vocab_size(with_added_tokens=True) > size:  # the whole of it takes 0.1 s
+        ids |= set(backend.get_vocab().values())
+    beyond = sorted(token_id for token_id in ids if token_id >= size > 0)
     if beyond:
         log.get_logger().warning(
             "%s: the id of %s, %d, is beyond the vocab_size of config.json, %d%s; "
             "prompts that hold it are refused",
-            files.folder, added[beyond[0]].content, beyond[0], size,
+            files.folder, (backend.id_to_token(beyond[0]) or "")[:40], beyond[0], size,
             f", and {len(beyond) - 1} more" if len(beyond) > 1 else "",
         )  # fmt: skip
 
@@ -271,7 +284,7 @@ def _listed_in_file(path: Path, ids: Mapping[str, Any], special: set[str]) -> tu
 
 
 def _is_id(text: str) -> bool:
-    return text.isascii() and text.isdigit() and int(text) < 2**32
+    return len(text) <= 10 and text.isascii() and text.isdigit() and int(text) < 2**32
 
 
 def _with_map(config: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from tokenizers import models
 
 from pyserve.errors import CheckpointError, InvalidRequestError
 from pyserve.text.guard import ChatPrompt
-from pyserve.text.tokenizer import GenerationDefaults, Tokenizer
+from pyserve.text.tokenizer import MAX_EOS_IDS, MAX_TOKEN_CHARS, GenerationDefaults, Tokenizer
 from tests.text import samples
 
 
@@ -79,6 +79,28 @@ def test_truncation_and_padding_left_by_training_are_off(tmp_path: Path) -> None
     backend.enable_padding(length=16, pad_token="<unk>")
     tokenizer = Tokenizer.from_folder(samples.save(backend, tmp_path))
     assert 4 < len(tokenizer.encode("a b c d e f", add_special_tokens=False)) < 16
+
+
+def test_dropout_left_by_training_is_off(tmp_path: Path) -> None:
+    folder = samples.save(samples.byte_level(), tmp_path)
+    text = "the quick brown fox jumps over the lazy dog"
+    ids = Tokenizer.from_folder(folder).encode(text, add_special_tokens=False)
+    stated = json.loads((folder / "tokenizer.json").read_text())
+    stated["model"]["dropout"] = 0.9
+    write(folder, "tokenizer.json", stated)
+    assert Tokenizer.from_folder(folder).encode(text, add_special_tokens=False) == ids
+
+
+def test_a_token_of_absurd_length_is_refused(tmp_path: Path) -> None:
+    backend = samples.byte_level()
+    backend.add_special_tokens(["<" * MAX_TOKEN_CHARS])
+    folder = samples.save(backend, tmp_path)
+    Tokenizer.from_folder(folder)
+    backend.add_tokens(["<" * (MAX_TOKEN_CHARS + 1)])
+    backend.save(str(folder / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match="has 1001 characters, the limit is 1000") as refusal:
+        Tokenizer.from_folder(folder)
+    assert len(str(refusal.value)) < 400
 
 
 @pytest.mark.parametrize("text", ["\ud800", "ok \udfff tail", "\ud83d\ude00"])
@@ -237,6 +259,17 @@ def test_generation_defaults(tmp_path: Path) -> None:
     assert GenerationDefaults.from_folder(tmp_path) == GenerationDefaults(
         top_k=0, eos_token_ids=(7,)
     )
+
+
+def test_more_eos_ids_than_a_request_may_stop_at(tmp_path: Path) -> None:
+    most = list(range(MAX_EOS_IDS))
+    write(tmp_path, "generation_config.json", {"eos_token_id": [*most, 0]})
+    assert len(GenerationDefaults.from_folder(tmp_path).eos_token_ids) == MAX_EOS_IDS == 63
+    for name in ("generation_config.json", "config.json"):
+        write(tmp_path, name, {"eos_token_id": [*most, 63]})
+        with pytest.raises(CheckpointError, match=f"{name}: eos_token_id has 64 ids, .* is 63"):
+            GenerationDefaults.from_folder(tmp_path)
+        (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize(

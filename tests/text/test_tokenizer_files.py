@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import models
+from tokenizers import models, processors
 from transformers import AutoTokenizer
 
 from pyserve.errors import CheckpointError
@@ -139,6 +139,7 @@ def test_files_that_contradict_each_other_are_refused_by_name(
         ("tokenizer_config.json", {"added_tokens_decoder": {"x": token("y")}}, "'x'"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"9": {"lstrip": True}}}, "lstrip"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"9" * 30: token("y")}}, "entries like"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9" * 5000: token("y")}}, "like"),
         ("added_tokens.json", {"<a>": "first"}, "'<a>' must have an id, got 'first'"),
         ("added_tokens.json", {"<a>": -1}, "must have an id, got -1"),
         ("added_tokens.json", {"<a>": True}, "must have an id, got True"),
@@ -216,3 +217,24 @@ def test_an_eos_without_an_id_and_ids_beyond_the_model_are_told(
     assert "the id of <pad>, 707, is beyond the vocab_size of config.json, 707, and 1 more" in (
         record.getMessage()
     )
+
+
+def test_ids_of_a_vocabulary_beyond_the_model_are_told(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(folder, "config.json", {"vocab_size": 600})
+    Tokenizer.from_folder(folder)
+    (record,) = caplog.records
+    assert ", 600, is beyond the vocab_size of config.json, 600, and" in record.getMessage()
+
+
+def test_an_id_around_every_text_that_the_model_lacks_is_refused(folder: Path) -> None:
+    backend = samples.byte_level()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<q> $A", special_tokens=[("<q>", 9999)]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    Tokenizer.from_folder(folder)  # without config.json nobody knows
+    write(folder, "config.json", {"vocab_size": 706})
+    with pytest.raises(CheckpointError, match=r"puts the id 9999 .* config.json, 706"):
+        Tokenizer.from_folder(folder)
