@@ -21,6 +21,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from pyserve.allocator import used_bytes
 from pyserve.errors import InvalidRequestError, QueueFullError, RequestError
 from pyserve.host import num_threads
+from pyserve.model_files import guarded
 from pyserve.text.grammar_constraint import FreeUntil, GrammarConstraint
 from pyserve.text.grammar_json import WHITESPACE, schema_text
 from pyserve.text.grammar_lark import to_lark
@@ -282,7 +283,8 @@ class Grammars:
         lock.
         """
         if self.vocabulary.eos_token_ids:
-            self.vocabulary.table()
+            with guarded(f"{self.vocabulary.tokenizer.folder}: the tokens"):  # it may panic at them
+                self.vocabulary.table()
 
 
 def compile_grammar(

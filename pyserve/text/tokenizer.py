@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from pyserve.text.tokenizer_json import TOKENIZER_FILE, place_of, read_backend, 
 
 PIECE_TOKENS = 2**16  # decoded at a time, which takes a few milliseconds
 NO_LIMIT = 2**62
-MAX_TOKEN_CHARS = 1000  # llguidance takes 1024 bytes
+MAX_TOKEN_BYTES = 1000  # llguidance takes 1024 with its marks
 MAX_EOS_IDS = MAX_STOP_TOKEN_IDS - 1  # in a file; the tokenizer may name one more
 
 _SURROGATE = re.compile("[\ud800-\udfff]").search
@@ -95,7 +95,6 @@ class Tokenizer:
         self.special_token_ids = frozenset(id_ for id_, token in added.items() if token.special)
         self.control_tokens = frozenset(token.content for token in added.values() if token.special)
         vocab = backend.get_vocab(with_added_tokens=True)
-        _check_lengths(vocab, folder)
         self.vocab_size: int = max(vocab.values(), default=-1) + 1
         self.eos_token_id = self.token_to_id(self.special_tokens.get("eos_token", ""))
         spec = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
@@ -105,6 +104,7 @@ class Tokenizer:
             plain_token_ids=_plain_token_ids(backend),
             special_token_ids=self.special_token_ids,
         )
+        _check_lengths(vocab, self.decoder, folder)
 
     @classmethod
     def from_folder(cls, folder: Path, *, converted: Converted | None = None) -> Tokenizer:
@@ -342,14 +342,17 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def _check_lengths(tokens: Iterable[str], folder: Path) -> None:
+def _check_lengths(vocab: Mapping[str, int], decoder: TokenDecoder, folder: Path) -> None:
     """Refuse a token so long that llguidance panics, and that the guard of chats takes GBs for."""
-    longest = max(tokens, key=len, default="")
-    if len(longest) > MAX_TOKEN_CHARS:
-        raise CheckpointError(
-            f"{folder}: the tokenizer's token {longest:.40}... has {len(longest)} characters, the "
-            f"limit is {MAX_TOKEN_CHARS}"
-        )
+    for text, token_id in vocab.items():
+        if 4 * len(text) <= MAX_TOKEN_BYTES:
+            continue
+        num_bytes = len(decoder.pieces(skip_special_tokens=False)[token_id])
+        if num_bytes > MAX_TOKEN_BYTES:
+            raise CheckpointError(
+                f"{folder}: the tokenizer's token {token_id}, {text[:40]!r}..., has {num_bytes} "
+                f"bytes, the limit is {MAX_TOKEN_BYTES}"
+            )
 
 
 def _plain_token_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from pyserve.text.grammar import JsonSchema, Regex, Spec, compile_grammar
-from pyserve.text.grammar_vocabulary import MAX_FORCED_TEXTS, SLICES, _Tokens
+from pyserve.errors import CheckpointError
+from pyserve.text.grammar import Grammars, JsonSchema, Regex, Spec, compile_grammar
+from pyserve.text.grammar_vocabulary import MAX_FORCED_TEXTS, SLICES, Vocabulary, _Tokens
 from tests.text.grammars import vocabulary
 
 PATTERNS = [
@@ -65,3 +66,19 @@ def test_texts_that_are_forced_are_encoded_once(monkeypatch: pytest.MonkeyPatch)
     for number in range(MAX_FORCED_TEXTS):
         tokens(str(number))
     assert tokens('"name": "') == first and len(asked) == 3 + MAX_FORCED_TEXTS
+
+
+def test_a_panic_over_the_tokens_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        pass
+
+    def panic(*_: object, **__: object) -> None:
+        raise PanicException("assertion failed")
+
+    monkeypatch.setattr("pyserve.text.grammar_vocabulary.LLTokenizer", panic)
+    of_demo = vocabulary()
+    fresh = Vocabulary(
+        of_demo.tokenizer, vocab_size=of_demo.vocab_size, eos_token_ids=of_demo.eos_token_ids
+    )
+    with pytest.raises(CheckpointError, match=r"the tokens: cannot be used \(assertion failed\)"):
+        Grammars(fresh).prepare()

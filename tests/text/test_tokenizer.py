@@ -11,8 +11,9 @@ import tokenizers
 from tokenizers import models
 
 from pyserve.errors import CheckpointError, InvalidRequestError
+from pyserve.text.grammar_vocabulary import Vocabulary
 from pyserve.text.guard import ChatPrompt
-from pyserve.text.tokenizer import MAX_EOS_IDS, MAX_TOKEN_CHARS, GenerationDefaults, Tokenizer
+from pyserve.text.tokenizer import MAX_EOS_IDS, MAX_TOKEN_BYTES, GenerationDefaults, Tokenizer
 from tests.text import samples
 
 
@@ -91,14 +92,19 @@ def test_dropout_left_by_training_is_off(tmp_path: Path) -> None:
     assert Tokenizer.from_folder(folder).encode(text, add_special_tokens=False) == ids
 
 
-def test_a_token_of_absurd_length_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("char", ["<", "\u4e2d"])
+def test_a_token_of_absurd_length_is_refused(char: str, tmp_path: Path) -> None:
+    num_chars = MAX_TOKEN_BYTES // len(char.encode())
     backend = samples.byte_level()
-    backend.add_special_tokens(["<" * MAX_TOKEN_CHARS])
+    backend.add_special_tokens([num_chars * char])
     folder = samples.save(backend, tmp_path)
-    Tokenizer.from_folder(folder)
-    backend.add_tokens(["<" * (MAX_TOKEN_CHARS + 1)])
+    tokenizer = Tokenizer.from_folder(folder)
+    size = backend.get_vocab_size()
+    vocabulary = Vocabulary(tokenizer, vocab_size=size, eos_token_ids=[size - 2])
+    vocabulary.table()  # the library has not panicked
+    backend.add_tokens([(num_chars + 1) * char])
     backend.save(str(folder / "tokenizer.json"))
-    with pytest.raises(CheckpointError, match="has 1001 characters, the limit is 1000") as refusal:
+    with pytest.raises(CheckpointError, match=r"has 100\d bytes, the limit is 1000") as refusal:
         Tokenizer.from_folder(folder)
     assert len(str(refusal.value)) < 400
 
