@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -72,9 +73,7 @@ class CpuRunner:
             refuse_when_closed()
         assert self._loop is not None, "steps are launched on a loop"
         forward = self._thread.submit(self._forward, step)
-        sample = partial(
-            self._loop.run_in_executor, self._thread, self._sample, forward, step.asked
-        )
+        sample = partial(self._start_sampling, self._loop, forward, step.asked)
         return Pending(sample, self._executor.bitmask.numpy())
 
     def run(self, step: Step) -> StepOutput:
@@ -85,6 +84,30 @@ class CpuRunner:
         self._is_closed = True
         self._thread.shutdown()
         self._executor.close()
+
+    def _start_sampling(
+        self, loop: asyncio.AbstractEventLoop, forward: Future[StepShape], asked: Asked,
+        masked_rows: Sequence[int] = (),
+    ) -> asyncio.Future[StepOutput]:  # fmt: skip
+        """Sample on the worker. The result is a future of its own: unlike that of run_in_executor,
+        it may be failed before the step ends, as where another rank is lost."""
+        result: asyncio.Future[StepOutput] = loop.create_future()
+
+        def pass_on() -> None:
+            if result.done():
+                return
+            if (error := work.exception()) is not None:
+                result.set_exception(error)
+            else:
+                result.set_result(work.result())
+
+        def on_end(work: Future[StepOutput]) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(pass_on)
+
+        work = self._thread.submit(self._sample, forward, asked, masked_rows)
+        work.add_done_callback(on_end)
+        return result
 
     def _run(self, step: Step, *, is_warmup: bool = False) -> StepOutput:
         if self._is_closed:

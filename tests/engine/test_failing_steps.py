@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ import pytest
 from pyserve.client import SequenceRequest
 from pyserve.engine import async_engine as async_engine_module
 from pyserve.engine.async_engine import MAX_FAILED_STEPS, AsyncEngine
-from pyserve.engine.batch import Step, StepOutput
+from pyserve.engine.batch import Asked, Step, StepOutput, StepShape
+from pyserve.engine.cpu_runner import CpuRunner
 from pyserve.errors import DeviceError, EngineError, UnavailableError
 from pyserve.params import SamplingParams
 from tests.engine.fake_runner import expected_tokens, make_engine
@@ -244,3 +247,36 @@ def test_a_bug_ends_every_stream_instead_of_hanging(monkeypatch: pytest.MonkeyPa
         await client.stop()
 
     run(test())
+
+
+@pytest.mark.parametrize("is_failed", [True, False])
+def test_a_step_on_a_cpu_may_be_failed_before_it_ends(
+    is_failed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another rank is lost. Its end, by an error of the group, is no news then."""
+    may_end = threading.Event()
+    told: list[dict[str, Any]] = []
+
+    def sample(*given: object) -> StepOutput:
+        assert may_end.wait(30)
+        raise RuntimeError("connection closed by peer")
+
+    monkeypatch.setattr(CpuRunner, "_sample", sample)
+    runner = object.__new__(CpuRunner)
+
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda loop, context: told.append(context))
+        forward: Future[StepShape] = Future()
+        result = runner._start_sampling(loop, forward, Asked([], [], []))
+        if is_failed:
+            result.set_exception(DeviceError("rank 1 has gone"))
+        may_end.set()
+        with pytest.raises(DeviceError if is_failed else RuntimeError):
+            await result
+        await asyncio.wrap_future(runner._thread.submit(int))
+        await asyncio.sleep(0)
+
+    with ThreadPoolExecutor(1) as runner._thread:
+        asyncio.run(test())
+    assert not told
