@@ -26,6 +26,14 @@ STEP_S = 600.0
 LEADER = 0  # the rank that samples
 
 
+def is_by_others(error: BaseException) -> bool:
+    """Whether a call of torch.distributed failed, which is most likely because another rank has
+    ended: gloo raises a RuntimeError that only its text tells apart."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "/gloo/" in str(error)
+    )
+
+
 class Group(Protocol):
     """The ranks of a model. tp_rank is this rank's number, tp_size how many there are; in a
     pipeline they count its ranks."""

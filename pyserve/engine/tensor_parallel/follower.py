@@ -58,7 +58,7 @@ from pyserve.model.decoder import Decoder
 from pyserve.model.fingerprint import fingerprint
 from pyserve.ops import build
 from pyserve.ops.card_group import join_group
-from pyserve.ops.group import Group
+from pyserve.ops.group import Group, is_by_others
 
 # Ignored here: the leader handles them and then ends its followers.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -169,8 +169,11 @@ def follow(config: EngineConfig, line: Line) -> int:
     except StartupError as error:
         line.tell(Failed(str(error)))
     except BaseException as error:
-        log.get_logger().exception("this rank has stopped")
         first_line, _, _ = str(error).partition("\n")
+        if is_by_others(error):
+            log.get_logger().error("this rank cannot go on alone: %s", first_line[:200])
+        else:
+            log.get_logger().exception("this rank has stopped")
         if isinstance(line, LocalLine):  # under torchrun the leader may not be listening
             line.tell(Failed(f"{type(error).__name__}: {first_line[:500]}"))
     log.flush()
