@@ -78,13 +78,14 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.update(launch.env)
         server_config = _server_config(args)
         engine_config = _engine_config(args, DEMO_MODEL)  # refuses bad values before the port opens
-        _check_paths(args, server_config)
+        _check_paths(args)
         _check_adapters(engine_config, server_config)
         here = launched()
         if here is not None and here.tp_rank > 0:
             log.setup(launch.log_level, prefix=f"rank {here.tp_rank}: ")
             _prepare_threads()
             return _follow(args)
+        _check_leaders_paths(launch, server_config)
         name = server_config.served_model_names[0]
         log.get_logger().info("pyserve %s is starting (model %s)", __version__, name)
         if batch is None or batch.enable_metrics:
@@ -160,7 +161,7 @@ def _tell_of_names(config: ServerConfig) -> None:
         log.get_logger().info("/metrics counts the use of API keys by name: %s", ", ".join(users))
 
 
-def _check_paths(args: argparse.Namespace, config: ServerConfig) -> None:
+def _check_paths(args: argparse.Namespace) -> None:
     """Refuse paths that cannot work before the port opens, not minutes later."""
     launch = _launch_config(args)
     for flag, name in (("--model", launch.model), ("--tokenizer", launch.tokenizer)):
@@ -172,10 +173,14 @@ def _check_paths(args: argparse.Namespace, config: ServerConfig) -> None:
         has_config = os.path.lexists(os.path.join(path, "config.json"))
         if flag == "--model" and os.path.isdir(path) and not has_config:
             raise ConfigError(f"{flag} {name}: there is no config.json in this folder")
-    if launch.generation_config not in ("auto", "vllm"):
-        _generation_folder(launch.generation_config, DEMO_MODEL)
     if launch.download_dir is not None and _nearest_folder(launch.download_dir) is None:
         raise ConfigError(f"--download-dir {launch.download_dir}: is not a folder, nor could it be")
+
+
+def _check_leaders_paths(launch: LaunchConfig, config: ServerConfig) -> None:
+    """The same for paths that a rank which only follows does not need to have."""
+    if launch.generation_config not in ("auto", "vllm"):
+        _generation_folder(launch.generation_config, DEMO_MODEL)
     ready_file = config.ready_file
     if ready_file is not None and (
         os.path.isdir(ready_file) or not os.path.isdir(ready_file.parent)
@@ -303,12 +308,9 @@ def _load(
         report("start", 0, 0)  # ends the download phase
     if not os.path.lexists(model_path / "config.json"):
         raise CheckpointError(f"--model {launch.model}: there is no config.json in {model_path}")
-    tokenizer_path = model_path
-    if launch.tokenizer is not None:
-        tokenizer_path = _resolve(args, report, preload, flag="--tokenizer", revision=None)
     # Reading the tokenizer holds the GIL most of the time; meanwhile `preload` maps torch's
     # libraries without the GIL.
-    tokenizer = _tokenizer(tokenizer_path)
+    tokenizer = _tokenizer(_tokenizer_folder(args, report, preload, model_path))
     template = ChatTemplate.load(tokenizer, override=launch.chat_template)
     template.check_defaults(config.default_chat_template_kwargs or {})
     defaults = GenerationDefaults.from_folder(
@@ -396,12 +398,22 @@ def _follow(args: argparse.Namespace) -> int:
     _agree(args, here, preload)
     if launch.model is not None:
         model_path = _resolve(args, report, preload, flag="--model", revision=launch.revision)
-    preload.end()
     config = _engine_config(args, model_path)
     model = ModelConfig.from_path(model_path, use=config.use)
     if model.pooling is not None and model.pooling.kind == "score":
-        config = replace(config, answer_ids=_tokenizer(model_path).ids_of(model.pooling.answers))
+        tokenizer = _tokenizer(_tokenizer_folder(args, report, preload, model_path))
+        config = replace(config, answer_ids=tokenizer.ids_of(model.pooling.answers))
+    preload.end()
     return follow_launched(config)
+
+
+def _tokenizer_folder(
+    args: argparse.Namespace, report: Report, preload: Preload, model_path: Path
+) -> Path:
+    """The folder of --tokenizer, downloaded where it must be; else the model's."""
+    if args.tokenizer is None:
+        return model_path
+    return _resolve(args, report, preload, flag="--tokenizer", revision=None)
 
 
 def _resolve(

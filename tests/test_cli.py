@@ -222,14 +222,47 @@ def test_what_a_path_cannot_be_is_said_before_the_port_opens(tmp_path: Path) -> 
     ):
         args = parse_args(argv)
         with pytest.raises(ConfigError, match=message):
-            config = cli._server_config(args)
-            cli._check_paths(args, config)
-            cli._check_text(cli._launch_config(args), config)
+            launch, config = cli._launch_config(args), cli._server_config(args)
+            cli._check_paths(args)
+            cli._check_leaders_paths(launch, config)
+            cli._check_text(launch, config)
     args = parse_args(
         ["org/name", "--download-dir", nowhere, "--chat-template", "{{ messages }}",
          "--ready-file", str(tmp_path / "ready")]
     )  # fmt: skip
-    cli._check_paths(args, cli._server_config(args))
+    cli._check_paths(args)
+    cli._check_leaders_paths(cli._launch_config(args), cli._server_config(args))
+
+
+@pytest.fixture
+def as_a_follower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchrun tells rank 1 of 2."""
+    for name, value in {
+        "TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("pyserve.log.setup", lambda *given, **named: None)
+    monkeypatch.setattr(cli, "_prepare_threads", lambda: None)
+
+
+@pytest.mark.usefixtures("as_a_follower")
+def test_who_follows_needs_no_paths_of_the_leader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is another machine's, and is told the same line."""
+    monkeypatch.setattr(cli, "_follow", lambda args: 7)
+    line = ["--ready-file", "/no/where", "--generation-config", "/no", "--chat-template", "/no/x"]
+    assert cli.main(line) == 7
+    assert cli.main(["--model", "/no/where"]) == 2
+
+
+@pytest.mark.usefixtures("as_a_follower")
+def test_who_follows_knows_answers_by_the_leader_s_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples.byte_level().save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setattr(cli, "_agree", lambda *given: None)
+    args = parse_args(["--runner", "score", "--tokenizer", str(tmp_path)])
+    with pytest.raises(ConfigError, match=f"{tmp_path}: the tokenizer has no token 'no'"):
+        cli._follow(args)
 
 
 def test_plan_is_a_command_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
