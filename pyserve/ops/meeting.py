@@ -7,6 +7,7 @@ others live, and gives up on one that has been silent for SILENT_S.
 from __future__ import annotations
 
 import atexit
+import socket
 import threading
 import time
 from datetime import timedelta
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from pyserve.config import env
 from pyserve.errors import StartupError
 
 SILENT_S = 25.0
@@ -37,14 +39,24 @@ class Meeting:
 
     @classmethod
     def launched(cls) -> Meeting:
-        """Where torchrun's variables say. Raises StartupError where nobody is there."""
+        """Where torchrun's variables say. Raises StartupError where nobody is there, or another
+        process has this one's rank."""
+        # The store may be that of torchrun's agent, which holds what was said before a restart.
+        attempt = env("TORCHELASTIC_RESTART_COUNT") or "0"
+        _find_store()
         try:
             limit = timedelta(seconds=SILENT_S)
             found = dist.rendezvous("env://", timeout=limit)  # type: ignore[attr-defined]
             store, tp_rank, tp_size = next(found)
+            own = dist.PrefixStore(f"pyserve/{attempt}", store)  # type: ignore[attr-defined]
+            num_alike = own.add(f"came/{tp_rank}", 1)
         except (RuntimeError, ValueError) as error:
             raise _failed(error) from error
-        own = dist.PrefixStore("pyserve", store)  # type: ignore[attr-defined]
+        if num_alike > 1:
+            raise StartupError(
+                f"another process is rank {tp_rank} too: each machine needs a --node-rank of its "
+                "own, and each server a --master-port of its own"
+            )
         return cls(own, tp_rank, tp_size)
 
     def wait_all(self, topic: str, said: str = "") -> list[bytes]:
@@ -97,6 +109,29 @@ def meeting() -> Meeting:
     if _meeting is None:
         _meeting = Meeting.launched()
     return _meeting
+
+
+def _find_store() -> None:
+    """Raise StartupError where nobody listens to what torch will connect to. Torch tries for twice
+    the time limit, and writes C++ frames."""
+    is_agents = env("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if env("RANK") == "0" and not is_agents:
+        return  # this process will listen itself
+    host, port = env("MASTER_ADDR") or "", env("MASTER_PORT") or ""
+    deadline_s = time.monotonic() + SILENT_S
+    while True:
+        try:
+            socket.create_connection((host, int(port)), SILENT_S).close()
+            return
+        except (OSError, ValueError) as error:
+            # torchrun's agent started this process by means of what it listens for there.
+            has_gone = is_agents and isinstance(error, ConnectionRefusedError)
+            if has_gone or time.monotonic() > deadline_s:
+                raise StartupError(
+                    f"the ranks did not come together: {host} port {port}, where rank 0 was "
+                    f"started, is not reached ({error}); see the log there"
+                ) from error
+        time.sleep(PAUSE_S)
 
 
 def _failed(error: Exception) -> StartupError:

@@ -39,6 +39,7 @@ from pyserve.errors import ConfigError, DeviceError, StartupError
 from pyserve.flag_rows import LoraModule
 from pyserve.model.adapter_weights import AdapterWeights, Pair
 from pyserve.ops import meeting
+from pyserve.ops.group import is_by_others
 from pyserve.ops.meeting import Meeting
 from tests.waiting import wait_until
 
@@ -315,9 +316,65 @@ def test_ranks_of_torchrun_agree_before_they_begin(monkeypatch: pytest.MonkeyPat
     as_the_leader = partial(agree, config)
     elsewhere = partial(agree, replace(config, model_path=Path("/mnt/model")))
     assert both(as_the_leader, elsewhere) == [None, None], "each has its own folder"
-    otherwise = partial(agree, replace(config, dtype="float16"))
+    otherwise = partial(agree, replace(config, dtype="float16", max_model_len=64))
+    named = "--dtype float16 (rank 0: auto), --max-model-len 64 (rank 0: not given)"
     for said in both(as_the_leader, otherwise):
-        assert "rank 1 has --dtype float16, and rank 0 auto:" in str(said)
+        assert f"rank 1 has {named}: " in str(said)
+
+
+def test_what_the_leader_alone_reads_may_differ() -> None:
+    """As the settings of HTTP may, which are not asked for at all."""
+    config = EngineConfig(model_path=DEMO_MODEL)
+    others: Any = {
+        "logprobs_mode": "raw_logits", "target_itl_ms": 1, "enable_prefix_caching": False,
+        "scheduling_policy": "priority", "trace": Path("/t"), "max_queue": 1, "idle_sleep_min": 1.0,
+    }  # fmt: skip
+    assert others.keys() == launched_ranks.LEADERS_OWN
+    assert both(partial(agree, config), partial(agree, replace(config, **others))) == [None, None]
+
+
+@pytest.fixture
+def agents_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The store of torchrun's agent, and the variables that it gives to the one rank here."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    for name, value in {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "RANK": "0", "WORLD_SIZE": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    yield store
+
+
+def test_two_processes_of_one_rank_are_told(
+    agents_store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not one that torchrun has started again, which hears nothing of the time before."""
+    first = Meeting.launched()
+    assert first.wait_all("settings", "old") == [b"old"]
+    with pytest.raises(StartupError, match="another process is rank 0 too: .*--node-rank"):
+        Meeting.launched()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again = Meeting.launched()
+    assert again.wait_all("settings", "new") == [b"new"]
+    for here in (first, again):
+        here.end()
+
+
+@pytest.mark.parametrize("is_agents", [True, False])
+def test_a_meeting_that_has_gone_is_named(
+    is_agents: bool, agents_store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torchrun's agent has listened before, nobody waits for it."""
+    port = free_port()
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(is_agents))
+    if not is_agents:
+        monkeypatch.setattr(meeting, "SILENT_S", 0.3)
+    began_s = time.monotonic()
+    with pytest.raises(StartupError, match=f"127.0.0.1 port {port}, where rank 0 was started"):
+        Meeting.launched()
+    assert time.monotonic() - began_s < 5
 
 
 def test_a_rank_is_waited_for_while_it_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,6 +420,13 @@ def test_a_line_tells_of_the_end_and_of_a_hang(monkeypatch: pytest.MonkeyPatch) 
     assert end_of(lambda line: line._line.close())[0] == "rank 1 has gone"
     lost, took_s = end_of(lambda line: None)
     assert lost == "rank 1 hangs: silent for 0.5 s" and took_s >= 0.5
+
+
+def test_the_end_of_another_rank_is_not_this_one_s_fault() -> None:
+    gloo = RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed")
+    assert is_by_others(gloo) and is_by_others(dist.DistNetworkError("recv"))
+    assert not is_by_others(RuntimeError("shape '[2]' is invalid for input of size 3"))
+    assert not is_by_others(DeviceError("out of memory"))
 
 
 class Strangers:

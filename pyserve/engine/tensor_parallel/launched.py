@@ -45,27 +45,42 @@ SHOW_S = 2.0  # time limit for a new connection to send the secret
 IDLE = timedelta(days=3650)
 LINE_BEAT_S, LINE_SILENT_S = 1.0, 20.0  # between heartbeats, and without one until a rank hangs
 PEACE_S = 3.0  # after the line's end, time for a follower to end by itself if it was told to
+# Fields of EngineConfig that the leader alone reads. The other ranks may be started without them.
+LEADERS_OWN = frozenset({
+    "logprobs_mode", "target_itl_ms", "enable_prefix_caching", "scheduling_policy", "trace",
+    "max_queue", "idle_sleep_min",
+})  # fmt: skip
 
 _Kind = TypeVar("_Kind", bound=News)
 
 
 def agree(config: EngineConfig, here: Meeting) -> None:
     """Meet all other ranks, before any of them fetches or loads a model. Raises StartupError where
-    one does not come, or was started otherwise than rank 0."""
+    one does not come, or was started with other settings of the model or its steps than rank 0."""
     said = {"version": __version__, "torch": str(torch.__version__)} | {
-        f"--{row.name}": str(getattr(config, field)) for field, row in rows_of(EngineConfig).items()
+        f"--{row.name}": _shown(getattr(config, field))
+        for field, row in rows_of(EngineConfig).items()
+        if field not in LEADERS_OWN
     }
     first, *others = here.wait_all("settings", msgspec.json.encode(said).decode())
     expected = msgspec.json.decode(first)
     for tp_rank, other in enumerate(others, 1):
         found = msgspec.json.decode(other)
-        for name in expected | found:
-            if found.get(name) != expected.get(name):
-                raise StartupError(
-                    f"rank {tp_rank} has {name} {found.get(name)}, and rank 0 "
-                    f"{expected.get(name)}: the same version and the same flags are to be "
-                    "everywhere"
-                )
+        differences = [
+            f"{name} {found.get(name)} (rank 0: {expected.get(name)})"
+            for name in expected | found
+            if found.get(name) != expected.get(name)
+        ]
+        if differences:
+            raise StartupError(
+                f"rank {tp_rank} has {', '.join(differences)}: all ranks must have the same "
+                "version and the same flags of the model and the engine"
+            )
+
+
+def _shown(value: object) -> str:
+    """A setting as users know it: one that was not given has no value."""
+    return "not given" if value is None else str(value)
 
 
 class _Words:
