@@ -95,13 +95,15 @@ class ProcessGroup:
     @classmethod
     def launched(cls, device: torch.device) -> ProcessGroup:
         """The group of all ranks that torchrun has started, on one or several machines. May be
-        called again. Raises DeviceError."""
+        called again. They watch each other in the meeting until its `end`. Raises DeviceError."""
         group = cls.__new__(cls)
         if not dist.is_initialized():
             here = meeting()
             here.wait_all("groups")
-            _meet(device, store=here.store, rank=here.tp_rank, world_size=here.tp_size)
-            here.end()
+            here.watch()
+            # A clone: torch would keep the watch from the store while it waits there for others.
+            store = here.store.clone()
+            _meet(device, store=store, rank=here.tp_rank, world_size=here.tp_size)
         group.tp_rank, group.tp_size = dist.get_rank(), dist.get_world_size()
         group._is_launched = True
         return group

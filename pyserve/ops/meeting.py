@@ -7,14 +7,17 @@ others live, and gives up on one that has been silent for SILENT_S.
 from __future__ import annotations
 
 import atexit
+import os
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
+from pyserve import log
 from pyserve.config import env
 from pyserve.errors import StartupError
 
@@ -22,6 +25,8 @@ SILENT_S = 25.0
 BEAT_S = 2.0
 PAUSE_S = 0.1
 END_S = 5.0
+
+_Heard = dict[int, tuple[int, float]]  # rank -> its last beat, and when it was new
 
 
 class Meeting:
@@ -73,24 +78,47 @@ class Meeting:
         self._is_over.set()
         self._beating.join(END_S)
 
+    def watch(self) -> None:
+        """End this process where another is no longer heard of, until `end` is called. Torch waits
+        for such a one for ten minutes, in calls that nothing else ends."""
+        threading.Thread(target=self._watch, name="meeting watch", daemon=True).start()
+
+    def _watch(self) -> None:
+        others = [tp_rank for tp_rank in range(self.tp_size) if tp_rank != self.tp_rank]
+        heard: _Heard = {}
+        try:
+            while not self._is_over.wait(BEAT_S):
+                self._check_beats(others, heard)
+        except (StartupError, RuntimeError) as error:
+            if not self._is_over.wait(PAUSE_S):
+                shown = error if isinstance(error, StartupError) else _failed(error)
+                log.get_logger().error("%s", shown)
+                log.flush()
+                os._exit(1)
+
     def _wait_all(self, topic: str) -> None:
-        heard: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when it was new
+        heard: _Heard = {}
         while missing := [
             tp_rank
             for tp_rank in range(self.tp_size)
             if not self.store.check([f"{topic}/{tp_rank}"])
         ]:
-            now_s = time.monotonic()
-            for tp_rank in missing:
-                beat = self.store.add(f"beat/{tp_rank}", 0)
-                before, heard_s = heard.get(tp_rank, (-1, now_s))
-                heard[tp_rank] = beat, now_s if beat != before else heard_s
-                if now_s - heard[tp_rank][1] > SILENT_S:
-                    raise StartupError(
-                        f"the ranks did not come together: nothing was heard of rank {tp_rank} for "
-                        f"{SILENT_S:g} s; see its own log"
-                    )
+            self._check_beats(missing, heard)
             time.sleep(PAUSE_S)
+
+    def _check_beats(self, ranks: Sequence[int], heard: _Heard) -> None:
+        """Raise StartupError where one of `ranks` has been silent for too long, by `heard` of the
+        calls before."""
+        now_s = time.monotonic()
+        for tp_rank in ranks:
+            beat = self.store.add(f"beat/{tp_rank}", 0)
+            before, heard_s = heard.get(tp_rank, (-1, now_s))
+            heard[tp_rank] = beat, now_s if beat != before else heard_s
+            if now_s - heard[tp_rank][1] > SILENT_S:
+                raise StartupError(
+                    f"the ranks did not come together: nothing was heard of rank {tp_rank} for "
+                    f"{SILENT_S:g} s; see its own log"
+                )
 
     def _beat(self) -> None:
         try:

@@ -395,6 +395,26 @@ def test_a_rank_is_waited_for_while_it_is_heard_of(monkeypatch: pytest.MonkeyPat
     assert "nothing was heard of rank 1 for 1 s" in str(said)
 
 
+def test_nobody_waits_in_torch_for_a_rank_that_is_not_heard_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Until the meeting's end, from which on it says nothing."""
+    codes: queue.SimpleQueue[int] = queue.SimpleQueue()
+    monkeypatch.setattr(os, "_exit", codes.put)
+    monkeypatch.setattr(meeting, "SILENT_S", 0.5)
+    monkeypatch.setattr(meeting, "BEAT_S", 0.05)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    here, other = (Meeting(store, tp_rank, 2) for tp_rank in range(2))
+    here.watch()
+    other.watch()
+    time.sleep(1.0)
+    assert codes.empty(), "both are heard of"
+    other.end()
+    assert codes.get(timeout=10) == 1
+    here.end()
+    assert codes.empty()
+
+
 def test_a_line_tells_of_the_end_and_of_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launched_ranks, "LINE_BEAT_S", 0.02)
     monkeypatch.setattr(launched_ranks, "LINE_SILENT_S", 0.5)

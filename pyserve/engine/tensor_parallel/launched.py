@@ -33,7 +33,7 @@ from pyserve.errors import DeviceError, StartupError
 from pyserve.flag_rows import rows_of
 from pyserve.model.adapter_weights import AdapterWeights
 from pyserve.ops.group import LEADER, Group, ProcessGroup
-from pyserve.ops.meeting import Meeting
+from pyserve.ops.meeting import Meeting, meeting
 
 PIECE_BYTES = 4096  # size of the first broadcast of a message, which holds all of most calls
 LENGTH_BYTES = 8
@@ -143,6 +143,7 @@ class LaunchedFollowers(_Words):
         self._lost: str | None = None
         self._on_lost: Callable[[str], object] | None = None
         self._lines = self._accept()
+        meeting().end()
         threading.Thread(target=self._listen, name="followers", daemon=True).start()
 
     def wait(self, kind: type[_Kind], timeout_s: float) -> list[_Kind]:
@@ -268,6 +269,7 @@ class LaunchedLine(_Words):
         except OSError as error:
             raise StartupError(f"port {port} of {address}, rank 0, is not reached") from error
         self._line = _kept_alive(line)
+        meeting().end()
         threading.Thread(target=self._live, name="leader", daemon=True).start()
 
     def _live(self) -> None:
