@@ -142,7 +142,7 @@ def _refuse(raw: Mapping[str, Any], path: Path) -> None:
 
 def _rank(value: Any, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
-        raise CheckpointError(f"{where} must be a rank of at least 1, got {_shown(value)}")
+        raise CheckpointError(f"{where} must be an integer in [1, {MAX_RANK}], got {_shown(value)}")
     return value
 
 

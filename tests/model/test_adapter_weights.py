@@ -113,6 +113,13 @@ def test_fields_that_are_refused(tmp_path: Path, field: str, value: object) -> N
         read(tmp_path)
 
 
+def test_a_rank_that_is_refused_is_told_its_limits(tmp_path: Path) -> None:
+    write_adapter(tmp_path, SHAPES)
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(peft.config_of(2**31, 16)))
+    with pytest.raises(CheckpointError, match=r"r must be an integer in \[1, 2147483647\], got"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize(
     "more",
     [
