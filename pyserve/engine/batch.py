@@ -172,9 +172,9 @@ def padded_size(count: int, limit: int) -> int:
     """The size that `count` tokens or rows (at least 1) are padded to, at most `limit`.
 
     There are few padded sizes, as each has a recorded graph on a card and compiled code in matrix
-    libraries: powers of two up to 16, then multiples of 16 or more, chosen so that padding is less
-    than a quarter. Above 1,024 every multiple of TILE_ROWS is a size: no graphs are recorded there,
-    and a matrix product computes whole tiles in any case.
+    libraries: powers of two up to 16, multiples of 16 up to 128, then multiples of 32 or more,
+    chosen so that padding is less than a quarter. Above 1,024 every multiple of TILE_ROWS is a
+    size: no graphs are recorded there, and a matrix product computes whole tiles in any case.
     """
     if count <= 16:
         size = 1 << (count - 1).bit_length()
