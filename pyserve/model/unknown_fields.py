@@ -180,10 +180,12 @@ _CHANGING: dict[str, _Row] = {
 _CHANGING_IN_ROPE: dict[str, _Row] = {
     **_rows(_ONE, "alpha attn_factor extrapolation_factor rope_ratio"),
     "apply_yarn_scaling": _Row((True,)),
-    **_rows(_NONE, "llama_4_scaling_beta mscale_all_dim"),
+    "llama_4_scaling_beta": _NONE,
     **_rows(_NEVER, "long_factor long_mscale mrope_section short_factor short_mscale"),
     "mrope_interleaved": _OFF,
 }
+# Latent attention scales its scores by this with every type of rope but the default one.
+_CHANGING_IN_LATENT_ROPE = {**_CHANGING_IN_ROPE, "mscale_all_dim": _NONE}
 
 
 def unknown_fields(raw: Mapping[str, Any], model: Model) -> tuple[str, ...]:
@@ -198,12 +200,14 @@ def unknown_fields(raw: Mapping[str, Any], model: Model) -> tuple[str, ...]:
     known = _KNOWN | model.architecture.known_keys | in_rope & {_ORIGINAL_MAX_POSITION}
     if model.architecture.experts is not None:
         known |= model.architecture.experts.known_keys
+    changing_in_rope = _CHANGING_IN_ROPE
     if model.architecture.is_latent:
         known |= LATENT_KEYS
+        changing_in_rope = _CHANGING_IN_LATENT_ROPE
     names = set(_unknown(raw, "", known, _CHANGING, model))
     for table in ROPE_TABLES:
         for prefix, values in _rope_tables(raw, table, model):
-            names.update(_unknown(values, prefix, in_rope, _CHANGING_IN_ROPE, model))
+            names.update(_unknown(values, prefix, in_rope, changing_in_rope, model))
     return tuple(sorted(names))
 
 

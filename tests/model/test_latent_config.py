@@ -214,7 +214,7 @@ HELD_OUT: list[tuple[str, dict[str, Any], str]] = [
     ("v3", {"qk_head_dim": 128}, "qk_head_dim must be 192"),
     ("v3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ("v3", {"rope_scaling": V3["rope_scaling"] | {"type": "ntk"}}, "type must be one of"),
-    (  # transformers scales the scores by it whatever the type
+    (  # transformers scales the scores by it with any type but default
         "v3",
         {"rope_scaling": {"type": "linear", "factor": 4.0, "mscale_all_dim": 0.7}},
         "rope_scaling.mscale_all_dim is 0.7, which changes",

@@ -96,6 +96,12 @@ def test_a_long_value_is_cut() -> None:
             ("factor", "type"),
         ),
         (LLAMA, {"original_max_position_embeddings": 4096}, ("original_max_position_embeddings",)),
+        # Only latent attention scales its scores by it.
+        (
+            LLAMA,
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "mscale_all_dim": 0.7}},
+            ("rope_scaling.mscale_all_dim",),
+        ),
         # transformers' Mistral has its window whatever these say.
         (
             MISTRAL,
