@@ -1,4 +1,5 @@
-"""Whether two folders, on two machines, hold one model: samples of its files, read in no time."""
+"""Fingerprint: tells whether the folders of two machines hold the same model, from samples of its
+files, so that it takes no reading of all weights."""
 
 from __future__ import annotations
 
@@ -9,11 +10,12 @@ from pathlib import Path
 from pyserve.model.weights import index_checkpoint
 from pyserve.model_files import open_regular, read_bytes
 
-NUM_SAMPLES, SAMPLE_BYTES = 64, 4096  # of each file: training changes all of a tensor
+# Of each file. A few samples are enough, as training changes all numbers of a tensor.
+NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 def fingerprint(folder: Path, *, has_weights: bool = True) -> str:
-    """Of config.json and the weights. Raises CheckpointError."""
+    """Hash config.json and pieces of each file of the weights. Raises CheckpointError."""
     digest = hashlib.sha256(read_bytes(folder / "config.json") or b"")
     tensors = index_checkpoint(folder).values() if has_weights else ()
     for path in sorted({tensor.file for tensor in tensors}):

@@ -185,7 +185,9 @@ def _follow(config: EngineConfig, line: Line) -> None:
     own = settle_start(config, tp_rank=line.tp_rank)
     plan = own.plan
     shown = devices.describe(own.device)
-    model = fingerprint(config.model_path, has_weights=config.load_format != "dummy")
+    model = ""
+    if not isinstance(line, LocalLine):  # a rank on another machine reads files of its own
+        model = fingerprint(config.model_path, has_weights=config.load_format != "dummy")
     line.tell(Planned(plan.num_blocks, plan.max_model_len, shown, model))
     begin = line.begin()
     torch.set_num_threads(begin.num_threads)

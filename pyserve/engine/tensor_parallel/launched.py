@@ -44,6 +44,7 @@ SHOW_S = 2.0  # time limit for a new connection to send the secret
 # time limit is half an hour. A lost leader is noticed by the end of the line instead.
 IDLE = timedelta(days=3650)
 LINE_BEAT_S, LINE_SILENT_S = 1.0, 20.0  # between heartbeats, and without one until a rank hangs
+UNHEARD_MS = 5000  # how long what was sent on a line may stay unacknowledged
 PEACE_S = 3.0  # after the line's end, time for a follower to end by itself if it was told to
 # Fields of EngineConfig that the leader alone reads. The other ranks may be started without them.
 LEADERS_OWN = frozenset({
@@ -241,14 +242,19 @@ class LaunchedFollowers(_Words):
         with selectors.DefaultSelector() as selector:
             for tp_rank, line in enumerate(self._lines, 1):
                 selector.register(line, selectors.EVENT_READ, tp_rank)
+            looked_s = time.monotonic()
             while True:
                 for key, _ in selector.select(LINE_BEAT_S):
                     line, tp_rank = self._lines[key.data - 1], key.data
                     if not _heard(line):
                         return f"rank {tp_rank} has gone"
                     heard_s[tp_rank] = time.monotonic()
+                now_s = time.monotonic()
+                if now_s - looked_s > LINE_SILENT_S / 2:  # this process itself was stopped
+                    heard_s = dict.fromkeys(heard_s, now_s)
+                looked_s = now_s
                 for tp_rank, last_s in heard_s.items():
-                    if time.monotonic() - last_s > LINE_SILENT_S:
+                    if now_s - last_s > LINE_SILENT_S:
                         return f"rank {tp_rank} hangs: silent for {LINE_SILENT_S:g} s"
 
 
@@ -306,11 +312,16 @@ def _heard(line: socket.socket) -> bool:
 
 
 def _kept_alive(line: socket.socket) -> socket.socket:
-    """Enable TCP keepalive: the line ends within seconds even if the other machine loses power."""
+    """Let the line end within seconds even if the other machine loses power.
+
+    Keepalive probes notice that while nothing is sent. The user timeout does while a heartbeat is
+    not acknowledged, as no probes are sent then.
+    """
     line.settimeout(None)
     line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (
-        (socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 4)
+        (socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 4),
+        (socket.TCP_USER_TIMEOUT, UNHEARD_MS),
     ):  # fmt: skip
         line.setsockopt(socket.IPPROTO_TCP, option, value)
     return line

@@ -35,7 +35,7 @@ class Planned(msgspec.Struct, frozen=True, tag=True):
     num_blocks: int  # KV blocks
     max_model_len: int
     device: str  # a description for the log
-    model: str  # fingerprint of the model's files
+    model: str  # fingerprint of the model's files; "" from a rank that reads the leader's own
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):

@@ -105,7 +105,9 @@ class Ranks:
         return plan
 
     def _check_models(self, all_planned: Sequence[Planned]) -> None:
-        """Raise StartupError where they have not all the leader's."""
+        """Raise StartupError unless all followers have the files that the leader has."""
+        if not any(planned.model for planned in all_planned):
+            return
         folder = self._config.model_path
         model = fingerprint(folder, has_weights=self._config.load_format != "dummy")
         for tp_rank, planned in enumerate(all_planned, 1):
