@@ -16,6 +16,7 @@ import pyserve
 from pyserve.client import EngineInfo, EngineStats, SequenceStream
 from pyserve.histogram import INTER_TOKEN_BUCKETS_S, Histogram, StepHistograms, token_buckets
 from pyserve.metrics import Metrics
+from tests.machine import slowness
 
 INFO = EngineInfo(
     max_model_len=2048, vocab_size=100, max_num_seqs=8, block_size=16, num_blocks=64,
@@ -227,7 +228,7 @@ def test_rendering_does_not_hold_the_loop() -> None:
         began_s = time.perf_counter()
         metrics.render()
         fastest_s = min(fastest_s, time.perf_counter() - began_s)
-    assert fastest_s < MAX_RENDER_S
+    assert fastest_s < MAX_RENDER_S * slowness()
 
 
 def test_every_series_of_the_board_exists() -> None:

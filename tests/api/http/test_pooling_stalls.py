@@ -20,6 +20,7 @@ from pyserve.engine.load import POOLING_QUEUE
 from tests.api.fakes import PADDED_VOCAB, Server, run_server
 from tests.api.http.test_stalls import CONTEXT, NUM_SLOTS, check, ids
 from tests.api.instant import make_engine
+from tests.machine import freeze
 
 WIDTH = 4096  # of the largest embedding models
 TEXTS = ["the quick brown fox " * 100] * MAX_SEQUENCES
@@ -37,6 +38,7 @@ def servers(tokenizer_folder: Path) -> Iterator[dict[str, Server]]:
                 pooling=info, max_queue=POOLING_QUEUE,
             )  # fmt: skip
             found[info.kind] = running.enter_context(run_server(tokenizer_folder, other=engine))
+        freeze()
         yield found
 
 
