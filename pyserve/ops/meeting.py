@@ -1,7 +1,7 @@
 """Meeting: how the ranks that torchrun has started find each other, however long one takes.
 
-One may download for an hour a model that another has: who waits knows by their beats that the
-others live, and gives up on one that has been silent for SILENT_S.
+One rank may download a model for an hour that another has already. A rank that waits knows by the
+heartbeats of the others that they are alive, and gives up on one that has been silent for SILENT_S.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pyserve import log
 from pyserve.config import env
 from pyserve.errors import StartupError
 
-SILENT_S = 25.0
-BEAT_S = 2.0
-PAUSE_S = 0.1
-END_S = 5.0
+SILENT_S = 25.0  # without a heartbeat, until a rank counts as gone
+BEAT_S = 2.0  # between two heartbeats
+PAUSE_S = 0.1  # between two looks at what the others have said
+END_S = 5.0  # how long `end` waits for a heartbeat that is under way
 
 _Heard = dict[int, tuple[int, float]]  # rank -> its last beat, and when it was new
 

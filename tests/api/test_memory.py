@@ -14,6 +14,7 @@ from aiohttp import StreamReader
 
 from pyserve.errors import EngineError, RequestError
 from tests.api.fakes import Script, Server
+from tests.machine import freeze
 from tests.waiting import wait_until
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -22,8 +23,7 @@ LONG = "word " * 2**20  # tokenised on a thread
 
 @pytest.fixture
 def without_collector() -> Iterator[None]:
-    gc.collect()
-    gc.freeze()  # what is there already is not looked through again
+    freeze()
     gc.disable()
     yield
     gc.enable()

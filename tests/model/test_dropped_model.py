@@ -15,6 +15,7 @@ import torch
 from pyserve.model.config import ModelConfig
 from pyserve.model.loader import load_model
 from pyserve.model.placement import Placement
+from tests.machine import freeze
 from tests.model.oracle import CASES, FAMILIES, TINY
 
 LLAMA = {
@@ -32,8 +33,7 @@ QUANTISED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def no_collector() -> Iterator[None]:
-    gc.collect()
-    gc.freeze()  # what is there already is not looked through again
+    freeze()
     gc.disable()
     yield
     gc.enable()
