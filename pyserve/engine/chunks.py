@@ -21,7 +21,7 @@ MIN_SAMPLE = 128  # tokens of a step; a smaller one says too little about the co
 # for 8,192 tokens, 0.215 s with an adapter: a shorter limit would cut such a prompt in two, and the
 # small second step costs more for each token.
 ALONE_S = 0.25
-WEIGHT = 0.25  # of the newest step in the moving averages
+WEIGHT = 0.25  # of the newest step in the moving averages, where it is a full one
 # The later tokens of a prompt attend to more keys, so each chunk of a long prompt is slower than
 # the one before it and an average lags behind. The next cost is extrapolated from the last two, but
 # never beyond this multiple of the average: a pause of the process must not stop prompts.
@@ -53,17 +53,34 @@ class ChunkPacer:
     def note(self, step: Step, duration_s: float) -> None:
         """Learn that `step` took duration_s seconds, in which nothing else ran."""
         if not step.num_prompt_tokens:
-            self._decode_s = _blend(self._decode_s, duration_s)
+            self._decode_s = _blend(self._decode_s, duration_s, WEIGHT)
             self._newest_s = self._expected_s = 0.0
         elif step.num_tokens >= min(MIN_SAMPLE, self.limit // 2):
-            before_s, self._newest_s = self._newest_s, max(duration_s, 1e-6) / step.num_tokens
-            rise_s = max(self._newest_s - before_s, 0.0) if before_s else 0.0
-            self._expected_s = self._newest_s + rise_s
-            self._token_s = _blend(self._token_s, self._newest_s)
+            is_alone = step.num_prompt_tokens == step.num_tokens
+            fullness = min(step.num_tokens / (self.alone_limit if is_alone else self.limit), 1.0)
+            self._note_rate(max(duration_s, 1e-6) / step.num_tokens, fullness)
         if self._token_s is not None:
             allowed_s = max(self._target_s, 2 * (self._decode_s or 0.0))
             self.limit = self._tokens_in(allowed_s)
             self.alone_limit = self._tokens_in(max(allowed_s, ALONE_S))
+
+    def _note_rate(self, token_s: float, fullness: float) -> None:
+        """Learn that the tokens of a step took token_s seconds each. `fullness` is the share of the
+        limit that the step had.
+
+        The last few tokens of a prompt cost more each than those of a full step do. If they counted
+        as much, the limit would fall below what a full step may have, the next prompt would be cut
+        again, and its last tokens would keep the limit there. A rate that is better than the
+        average counts in full whatever the step: a larger one only improves on it.
+        """
+        if fullness >= 0.5:
+            rise_s = max(token_s - self._newest_s, 0.0) if self._newest_s else 0.0
+            self._newest_s, self._expected_s = token_s, token_s + rise_s
+        else:
+            self._newest_s = self._expected_s = 0.0
+        is_better = self._token_s is not None and token_s < self._token_s
+        weight = WEIGHT if is_better else WEIGHT * fullness
+        self._token_s = _blend(self._token_s, token_s, weight)
 
     def _tokens_in(self, duration_s: float) -> int:
         assert self._token_s is not None
@@ -91,7 +108,7 @@ def share_out(needs: list[int], budget: int, *, for_oldest: int) -> list[int]:
     return shares
 
 
-def _blend(old: float | None, new: float) -> float:
+def _blend(old: float | None, new: float, weight: float) -> float:
     """Moving average; a single step counts as at most twice the average, as a pause of the process
     or another process on the card may have prolonged it."""
-    return new if old is None else old + WEIGHT * (min(new, 2 * old) - old)
+    return new if old is None else old + weight * (min(new, 2 * old) - old)

@@ -14,8 +14,10 @@ from pyserve.engine.graphs import graph_sizes
 from pyserve.engine.state import StepLimits
 
 # Padded sizes above MANY_TOKENS are many, take long to run, and neighbours call much the same
-# kernels. So only multiples of MANY_TOKENS_MULTIPLE are run before the first request.
-MANY_TOKENS = 1024
+# kernels. So only multiples of MANY_TOKENS_MULTIPLE are run before the first request. What a matrix
+# library does when it first meets a shape takes tens of milliseconds at worst, so all sizes that
+# steps commonly have while others decode are below MANY_TOKENS.
+MANY_TOKENS = 2048
 MANY_TOKENS_MULTIPLE = 512
 
 

@@ -88,6 +88,25 @@ def test_a_prompt_of_an_adapter_is_one_step_as_it_is_without() -> None:
     assert pacer.alone_limit == 8192
 
 
+def test_a_prompt_that_was_cut_is_not_cut_for_ever() -> None:
+    """The tokens that were left for a second step cost more each, and must not keep the limit below
+    the prompt's length. Of 8,192 tokens, 8B with an adapter on an H200."""
+    machine = Machine(weights_s=10e-3, token_s=24e-6, attention_s=8e-3)
+    pacer = ChunkPacer(0.030, max_tokens=8192)
+    pacer.note(step_of(0, 7552), 0.250)  # a slow one, which makes the limit smaller than the prompt
+    num_steps = []
+    for _ in range(12):
+        left, num_steps = 8192, [*num_steps, 0]
+        while left:
+            step = step_of(0, min(left, pacer.alone_limit))
+            pacer.note(step, machine.seconds(step))
+            left -= step.num_tokens
+            num_steps[-1] += 1
+        pacer.note(step_of(1, 0), 4e-3)
+    assert num_steps[0] == 2
+    assert num_steps[-4:] == [1, 1, 1, 1]
+
+
 def test_prompts_get_on_where_decoding_alone_misses_the_target() -> None:
     pacer = ChunkPacer(0.030, max_tokens=MAX_TOKENS)
     times = run(pacer, TOO_SLOW, 4, 40)
