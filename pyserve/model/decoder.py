@@ -261,7 +261,8 @@ class Decoder:
         self.norm = RMSNorm("model.norm", hidden_size, config.final_norm, placement)
         self._max_norm_rows = ops.max_norm_rows(self.device, self.dtype)
         if placement.quantization is not None:
-            self._max_norm_rows = min(self._max_norm_rows, quantised.MAX_NORM_ROWS)
+            most = quantised.MAX_NORM_ROWS[placement.quantization.scheme]
+            self._max_norm_rows = min(self._max_norm_rows, most)
         assert below is not None
         self._leave = below.read_by(self.norm)
         self.head: Linear | None = None

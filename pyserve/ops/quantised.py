@@ -20,9 +20,10 @@ from pyserve.ops import ADD, SILU_MUL, STORE, fp8, w4a16
 from pyserve.ops.experts import CHUNK_ROWS, Routing, chunks, longest_group, sort_rows
 from pyserve.ops.native import native as _ops
 
-# The most rows for which a norm may be fused into quantised linears: those of one pass of the
-# kernel for few rows. With more, another kernel, which fuses no norms, is faster than two passes.
-MAX_NORM_ROWS = 16
+# The most rows for which a norm may be fused into quantised linears, by scheme: those of one pass
+# of the kernel for few rows. With more, another kernel, which fuses no norms, is faster than two
+# passes.
+MAX_NORM_ROWS = {"w4a16": 16, "fp8": 8}
 
 _served: dict[tuple[object, ...], bool] = {}  # cached answers of serves_linear_w4a16, _fp8, _w8a8
 

@@ -6,7 +6,6 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <limits>
 
 #include "gpu/core/device.h"
 #include "gpu/linear/fp8.h"
@@ -16,9 +15,9 @@ namespace pyserve::gpu {
 
 constexpr int64_t kW8GroupColumns = 128;  // columns of x that share a scale
 
-// launch_linear_w8a8 is used from so many rows of x on: never, until it has been measured on a
-// device.
-constexpr int64_t kMinW8Rows = std::numeric_limits<int64_t>::max();
+// launch_linear_w8a8 is used from so many rows of x on. Fewer are one pass of the kernel for few
+// rows (few_rows_fp8.cuh), which does not round x.
+constexpr int64_t kMinW8Rows = 9;
 constexpr int kNumW8Tilings = 9;
 
 // Whether launch_gemm_w8a8_sm90a can serve this. The weight's scales must be for blocks of 128
