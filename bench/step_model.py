@@ -37,10 +37,13 @@ MAX_TOKENS = 8192  # of a step
 NUM_SLOTS = 256
 NUM_BLOCKS = 60_000  # about what an 8B leaves of an H200
 VOCAB_SIZE = 1000
-# (tokens of a step, its milliseconds without attention) of Llama-3.1-8B in bfloat16.
+# (tokens of a step, its milliseconds without attention) of Llama-3.1-8B in bfloat16. From 1,024 on
+# they are those of one prompt of so many tokens, from the first to the last kernel of its step
+# (`bench.gpu_profile --loads 1x1024p` and so on, 2026-11-30), less its attention as FLOPS has it.
 STEP_MS = (
     (1, 3.65), (8, 3.8), (16, 4.0), (32, 4.9), (64, 5.1), (128, 5.7), (256, 7.0), (512, 11.3),
-    (1024, 20.0), (8192, 168.0),
+    (1024, 20.4), (1152, 23.8), (1280, 25.5), (1408, 29.6), (1536, 32.8), (1792, 37.1),
+    (2048, 42.6), (8192, 165.6),
 )  # fmt: skip
 KV_BYTES = 131_072  # of a token of context, all layers
 BYTES_PER_MS = 4.1e9  # of decode attention
