@@ -23,7 +23,6 @@ from pyserve.engine.block_manager import BlockManager, num_blocks_for
 from pyserve.engine.chunks import MIN_CHUNK, share_out
 from pyserve.engine.sequence import BACKGROUND_PRIORITY, NO_SLOT, Sequence, Status
 from pyserve.engine.slots import SlotAllocator, num_update_words, slot_update
-from pyserve.engine.trims import Chunk, Trimmer
 from pyserve.engine.waiting import WaitingQueue
 from pyserve.ops import step_layout as layout
 
@@ -64,7 +63,6 @@ class Scheduler:
         self.alone_limit = max_num_batched_tokens
         self._max_num_batched_tokens = max_num_batched_tokens
         self._step_sizes = padded_sizes(max_num_batched_tokens)
-        self._trimmer = Trimmer(self._step_sizes)
         self._max_update_words = max_update_words
 
     @property
@@ -108,18 +106,19 @@ class Scheduler:
                 seq.num_computed_tokens = num_tokens
                 seq.num_tokens = num_tokens + 1  # the placeholder of _add_row
         step.query_lens += [1] * len(step.seqs)
-        has_preempted = self.num_preemptions != num_preemptions
-        if has_preempted:
+        budget = limit = self._prompt_limit(len(step.seqs))
+        if self.num_preemptions == num_preemptions:
+            budget -= self._admit(step, self._share_of_waiting(prompts, limit), num_more)
+        else:
             prompts = [seq for seq in prompts if seq.status is Status.RUNNING]
-        chunks = self._chunks(step, prompts, None if has_preempted else num_more)
-        for seq, num_new in chunks:
-            _add_row(step, seq, num_new)
+        for _, equals in groupby(prompts, key=_priority):  # prompts are sorted by priority
+            budget -= _add_prompts(step, list(equals), budget, for_oldest=limit - limit // 2)
         if not step.seqs:
             return None
         if self.adapters.num_used:
             _sort_by_adapter(step, self.adapters.num_slots)
         _fill(step)
-        step.num_prompt_tokens = sum(num_new for _, num_new in chunks)
+        step.num_prompt_tokens = limit - budget
         step.num_tokens = sum(step.query_lens)
         return step
 
@@ -159,35 +158,6 @@ class Scheduler:
         self.adapters.check_invariants(
             [(seq.adapter_slot, seq.adapter) for seq in self.running if seq.adapter is not None]
         )
-
-    def _chunks(
-        self, step: Step, prompts: list[Sequence], num_background: int | None
-    ) -> list[Chunk]:
-        """The chunks of a step whose rows are those that decode, first those of new sequences.
-
-        prompts         running sequences that have more than one token to compute, sorted.
-        num_background  how many background sequences may be admitted; None: nothing is admitted.
-        """
-        num_decoding, trimmer = len(step.seqs), self._trimmer
-        chunks: list[Chunk] = []
-        budget = limit = self._prompt_limit(num_decoding)
-        # It is not in `prompts` if it has ended or been preempted, nor if one token is left of it,
-        # which is among the rows that decode. Then nobody waits for it.
-        trimmed, trimmer.trimmed = trimmer.trimmed, None
-        has_rest = num_decoding > 0 and trimmed in prompts
-        may_trim = not has_rest and trimmer.may_trim(num_decoding, limit)
-        if num_background is not None and not has_rest:
-            share = self._share_of_waiting(prompts, limit)
-            chunks = self._admit(step, share, num_background, only_whole=may_trim)
-            budget -= sum(num_new for _, num_new in chunks)
-        for _, equals in groupby(prompts, key=_priority):  # prompts are sorted by priority
-            more = _chunks_of(list(equals), budget, for_oldest=limit - limit // 2)
-            budget -= sum(num_new for _, num_new in more)
-            chunks += more
-        trimmer.note(num_decoding, chunks)
-        if may_trim and budget:
-            trimmer.trim(chunks, num_decoding)
-        return chunks
 
     def _prompt_limit(self, num_decoding: int) -> int:
         """Prompt tokens that a step may compute beside num_decoding rows of one token."""
@@ -328,22 +298,17 @@ class Scheduler:
         self.num_preemptions += 1
         self.add(seq)
 
-    def _admit(
-        self, step: Step, budget: int, num_background: int, *, only_whole: bool
-    ) -> list[Chunk]:
+    def _admit(self, step: Step, budget: int, num_background: int) -> int:
         """Admit waiting sequences in turn, while there are slots, blocks and tokens for them.
 
-        budget          prompt tokens that their chunks may have together.
+        budget          prompt tokens that their rows may have together.
         num_background  how many background sequences may be admitted.
-        only_whole      whether a sequence waits that does not fit in what others have left of the
-                        budget, but would fit in the whole of it.
 
-        Returns their chunks.
+        Returns the number of tokens that their rows have.
         """
-        chunks: list[Chunk] = []
         blocks, left = self.blocks, budget
         if not self.waiting or not self.slots.num_free:
-            return chunks
+            return 0
         num_looked_up = 0
         held_back: list[Sequence] = []  # sequences that wait for an adapter slot
         may_pass = True  # whether sequences behind them may take an adapter slot
@@ -371,9 +336,6 @@ class Scheduler:
             num_looked_up += len(seq.block_hashes)
             if seq.awaited_hash is not None:
                 continue
-            num_new = len(seq.token_ids) - len(hits) * blocks.block_size
-            if only_whole and left < num_new <= budget:
-                break
             seq.num_wanted_blocks = blocks.num_needed(seq, hits)
             step.num_update_words += num_update_words(seq) + layout.BLOCK_UPDATE_WORDS * (
                 num_blocks_for(len(seq.token_ids), blocks.block_size)
@@ -384,13 +346,11 @@ class Scheduler:
             if seq.adapter is not None:
                 for other in held_back:
                     other.num_passed += 1
-            self._start(seq, hits, step)
-            chunks.append((seq, min(num_new, left)))
-            left -= chunks[-1][1]
-        return chunks
+            left -= self._start(seq, hits, step, left)
+        return budget - left
 
-    def _start(self, seq: Sequence, hits: list[int], step: Step) -> None:
-        """Give `seq` its slot and its blocks, of which `hits` hold its first tokens already."""
+    def _start(self, seq: Sequence, hits: list[int], step: Step, budget: int) -> int:
+        """Give `seq` its slot, its blocks and its first row; returns the tokens of that row."""
         self.blocks.allocate(seq, hits)
         self.slots.allocate(seq)
         if seq.adapter is not None:
@@ -412,6 +372,9 @@ class Scheduler:
         step.slot_updates.append(slot_update(seq))
         for index, block_id in enumerate(seq.block_ids):
             step.block_updates += (seq.slot, index, block_id)
+        query_len = min(seq.num_tokens - seq.num_computed_tokens, budget)
+        _add_row(step, seq, query_len)
+        return query_len
 
 
 def _priority(seq: Sequence) -> int:
@@ -432,10 +395,13 @@ def _num_left(seq: Sequence) -> int:
     return seq.num_tokens - seq.num_computed_tokens
 
 
-def _chunks_of(prompts: list[Sequence], budget: int, *, for_oldest: int) -> list[Chunk]:
-    """Chunks of prompts of one priority, of at most `budget` tokens; for_oldest as in share_out."""
+def _add_prompts(step: Step, prompts: list[Sequence], budget: int, *, for_oldest: int) -> int:
+    """Add rows for prompts of one priority, of at most `budget` tokens; returns their tokens."""
     shares = share_out(list(map(_num_left, prompts)), budget, for_oldest=for_oldest)
-    return [(seq, share) for seq, share in zip(prompts, shares, strict=True) if share]
+    for seq, share in zip(prompts, shares, strict=True):
+        if share:
+            _add_row(step, seq, share)
+    return sum(shares)
 
 
 def _add_row(step: Step, seq: Sequence, query_len: int) -> None:
