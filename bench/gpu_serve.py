@@ -8,8 +8,15 @@ rate at which it does the 8B's.
 
 One server, then each load by `bench.serve` in processes of its own: random token ids as prompts to
 /v1/completions, streamed, ignore_eos, temperature 0, closed loop, 2 requests a slot and at least 3.
-Prints the rows of a Markdown table. The figures of vLLM (0.24.0, Llama-3.1-8B shapes in bfloat16,
-random weights, the same loads and limits) and the floors were measured on one H200 on 2026-11-22.
+Prints the rows of a Markdown table.
+
+`--beside` prints the longest gap in the streams twice: of all frames, and of those that brought one
+token. A token that ends amid a character is held back and comes with the next one, so that its
+reader waits for two steps. Of random models, one token in a thousand is such: the longest gap of
+all is then two steps, while that of one token is nearly the longest step.
+
+The figures of vLLM (0.24.0, Llama-3.1-8B shapes in bfloat16, random weights, the same loads and
+limits) and the floors were measured on one H200 on 2026-11-22.
 """
 
 from __future__ import annotations
@@ -98,10 +105,11 @@ def measure(
 
 def measure_beside(url: str, load: Load, beside: Load, out: Path) -> dict[str, Any]:
     """One request a slot of `load`, while beside[2] prompts of beside[0] tokens pass one after
-    another; the figures of both."""
+    another; the figures of both. The server counts the tokens of each frame of the load."""
     input_len, output_len, num_requests = beside
+    flags = ["-n", str(load[2]), "--continuous-usage"]
     with ThreadPoolExecutor(2) as threads:
-        main = threads.submit(measure, url, load, out, None, ["-n", str(load[2])])
+        main = threads.submit(measure, url, load, out, None, flags)
         one, extra = (input_len, output_len, 1), ["-n", str(num_requests)]
         other = threads.submit(measure, url, one, out, None, extra)
         return main.result() | {"beside": other.result()}
@@ -186,10 +194,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _beside_line(beside: Load, figures: dict[str, Any]) -> str:
-    return (
+    line = (
         f"beside {beside[2]} prompts of {beside[0]}, whose TTFT is "
         f"{_ms(figures['beside']['ttft_s'])} ms: longest gap {_ms(figures['itl_s'], 'max')} ms"
     )
+    count = figures["longest_gap_tokens"]
+    if count is None:
+        return line
+    tokens = "1 token" if count == 1 else f"{count} tokens"
+    return f"{line} (a frame of {tokens}), of one token {_ms(figures['one_token_itl_s'], 'max')} ms"
 
 
 def _phases(phases: dict[str, float]) -> str:
@@ -227,7 +240,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path(tempfile.gettempdir()), help="folder of each load's JSON")
     add("--json", type=Path, metavar="FILE")
     add("--beside", type=parse_load, metavar="IN/OUTxN", help="so many requests, one after "
-        "another, beside each load, of which one request a slot is sent")  # fmt: skip
+        "another, beside each load, of which one request a slot is sent; prints the longest gap of "
+        "its streams twice, see above")  # fmt: skip
     add("flags", nargs="*", help="after --: further flags of the server")
     return parser.parse_args(argv)
 

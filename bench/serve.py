@@ -6,6 +6,10 @@ Definitions. TTFT: request sent (open loop: its arrival due) to the first frame 
 tokens. TPOT: (last frame - first frame) / (output tokens - 1), per request. ITL: gaps between
 frames that carry tokens; where a frame holds several tokens a gap spans them all, and
 "tokens/frame" says how many. Tokens are counted by the server's `usage`, never by frames.
+
+With --continuous-usage the server counts the tokens of each frame, and "ITL (one token)" has the
+gaps that ended in a frame of exactly one. A server holds a token back where it ends amid a
+character; it comes with the next one, after a gap of two steps.
 """
 
 from __future__ import annotations
@@ -69,13 +73,22 @@ def measure(spec: LoadSpec, num_processes: int) -> dict[str, Any]:
 
 
 def aggregate(reports: list[WorkerReport]) -> dict[str, Any]:
-    """Figures of one run. Failed requests count in `errors` and in the wall time, nowhere else."""
+    """Figures of one run. Failed requests count in `errors` and in the wall time, nowhere else.
+
+    one_token_itl_s     the gaps that ended in a frame of exactly one token; None where there is
+                        none, or the tokens of some frame are not known.
+    longest_gap_tokens  tokens of the frame that ended the longest gap; None where not known.
+    """
     records = [record for report in reports for record in report.records]
     good = [record for record in records if record.error is None]
     wall_s = max(r.ended_s for r in records) - min(r.started_s for r in records)
     num_output = sum(r.num_output_tokens for r in good)
     num_prompt = sum(r.num_prompt_tokens for r in good)
     num_frames = sum(len(r.gaps) + 1 for r in good if r.first_s is not None)
+    is_counted = all(len(r.gaps) == len(r.gap_tokens) for r in good)
+    gaps = [gap for r in good for gap in r.gaps]
+    gap_tokens = [count for r in good for count in r.gap_tokens] if is_counted else []
+    counted_gaps = list(zip(gaps, gap_tokens, strict=False))
     return {
         "wall_s": wall_s,
         "num_requests": len(records),
@@ -94,7 +107,9 @@ def aggregate(reports: list[WorkerReport]) -> dict[str, Any]:
         "tokens_per_frame": num_output / num_frames if num_frames else None,
         "ttft_s": summarize([r.first_s - r.started_s for r in good if r.first_s is not None]),
         "tpot_s": summarize([tpot for r in good if (tpot := time_per_output_token(r)) is not None]),
-        "itl_s": summarize([gap for r in good for gap in r.gaps]),
+        "itl_s": summarize(gaps),
+        "one_token_itl_s": summarize([gap for gap, count in counted_gaps if count == 1]),
+        "longest_gap_tokens": max(counted_gaps)[1] if counted_gaps else None,
         "e2e_s": summarize([r.ended_s - r.started_s for r in good]),
         "client_busy": [report.cpu_s / report.wall_s for report in reports],
         "client_cpu_s": sum(report.cpu_s for report in reports),
@@ -107,6 +122,9 @@ def render(spec: LoadSpec, result: dict[str, Any]) -> str:
     loop = f"concurrency {spec.concurrency}"
     if spec.request_rate is not None:
         loop = f"{spec.request_rate:g} requests/s (Poisson)"
+    one_token_rows = []
+    if result["longest_gap_tokens"] is not None:
+        one_token_rows.append(latency_row("ITL (one token)", result["one_token_itl_s"]))
     lines = [
         f"{', '.join(spec.models)}: in/out {_range(spec.input_len)}/{_range(spec.output_len)}, "
         f"{loop}, {result['num_requests']} requests, {len(result['client_busy'])} client "
@@ -134,6 +152,7 @@ def render(spec: LoadSpec, result: dict[str, Any]) -> str:
                 latency_row("TTFT", result["ttft_s"]),
                 latency_row("TPOT", result["tpot_s"]),
                 latency_row("ITL (frame gaps)", result["itl_s"]),
+                *one_token_rows,
                 latency_row("request", result["e2e_s"]),
             ]
         ),
@@ -151,6 +170,8 @@ def _remarks(spec: LoadSpec, result: dict[str, Any]) -> list[str]:
             f"{result['num_without_usage']} answers came without usage: their tokens are counted "
             "by frames, a lower bound"
         )
+    if spec.has_continuous_usage and result["itl_s"] and result["longest_gap_tokens"] is None:
+        remarks.append("the server did not count the tokens of every frame: no ITL of one token")
     if result["num_resent"]:
         remarks.append(f"{result['num_resent']} requests sent again: a kept connection was closed")
     if (result["tokens_per_frame"] or 0) > 1.05:
@@ -264,6 +285,7 @@ def _spec(args: argparse.Namespace) -> LoadSpec:
         request_rate=args.request_rate,
         seed=secrets.randbelow(2**31) if args.seed is None else args.seed,
         ignore_eos=not args.no_ignore_eos,
+        has_continuous_usage=args.continuous_usage,
         temperature=args.temperature,
         extra_body=msgspec.json.decode(args.extra_body, type=dict[str, Any]),
         timeout_s=args.timeout_s,
@@ -290,6 +312,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--warmup", type=int, help="requests before the run (default: one per slot, at most 16)")
     add("--seed", type=int, help="default: drawn, so that no prefix cache knows the prompts")
     add("--no-ignore-eos", action="store_true")
+    add("--continuous-usage", action="store_true", help="have the tokens of each frame counted")
     add("--temperature", type=float, default=0.0)
     add("--extra-body", default="{}", metavar="JSON", help="fields added to every request")
     add("--timeout-s", type=float, default=600.0, help="per request; counted as an error")

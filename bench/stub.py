@@ -28,17 +28,20 @@ class StubConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How the stub behaves.
 
     tokens_per_frame  tokens that one frame holds.
+    held_frame        number of the frame, from 0, that is held back and comes with the next one,
+                      after their two delays; None: none.
     delay_s           between frames; 0 only yields to the other streams.
     fail_every        every k-th request is answered 500, 0: none.
     break_every       every k-th stream breaks off half way, 0: none.
     error_frame_every every k-th stream ends in an error frame, 0: none.
     spoil_every       every k-th stream says something else, 0: none.
-    has_usage         False: no usage frame although asked for.
+    has_usage         False: no usage although asked for, neither at the end nor in each frame.
     short_by          tokens that every answer lacks.
     leaked_requests   what /metrics claims still runs.
     """
 
     tokens_per_frame: int = 1
+    held_frame: int | None = None
     delay_s: float = 0.0
     fail_every: int = 0
     break_every: int = 0
@@ -123,11 +126,16 @@ class Stub:
         if config.spoil_every and count % config.spoil_every == 0:
             pieces[0] = " spoilt"
         num_choices = request.get("n", 1)
+        options = request.get("stream_options") or {}
+        wants_usage = config.has_usage and options.get("include_usage")
+        num_so_far = 0
         if is_chat:
             for index in range(num_choices):
                 delta = {"role": "assistant", "content": ""}
                 _write_frame(writer, {"choices": [{"index": index, "delta": delta}]})
         for position, piece in enumerate(pieces):
+            if position == config.held_frame:
+                await asyncio.sleep(config.delay_s)
             if config.break_every and count % config.break_every == 0:
                 if position == len(pieces) // 2:
                     return False
@@ -136,12 +144,15 @@ class Stub:
                     _write_frame(writer, {"error": {"message": "stub stream error"}})
                     break
             reason = "length" if position == len(pieces) - 1 else None
+            num_so_far += len(piece.split())
+            more: dict[str, Any] = {}
+            if wants_usage and options.get("continuous_usage_stats"):
+                more["usage"] = {**_usage(request, config), "completion_tokens": num_so_far}
             for index in range(num_choices):
-                _write_frame(writer, {"choices": [_piece(piece, index, is_chat, reason)]})
+                _write_frame(writer, {"choices": [_piece(piece, index, is_chat, reason)], **more})
             await asyncio.sleep(config.delay_s)
             await writer.drain()
-        wants_usage = (request.get("stream_options") or {}).get("include_usage")
-        if wants_usage and config.has_usage:
+        if wants_usage:
             _write_frame(writer, {"choices": [], "usage": _usage(request, config)})
         writer.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
         await writer.drain()
@@ -232,7 +243,10 @@ def _pieces(request: dict[str, Any], config: StubConfig) -> list[str]:
     start = zlib.crc32(msgspec.json.encode(prompt)) % 1000
     words = [f" w{(start + i) % 1000}" for i in range(_num_tokens(request, config))]
     step = config.tokens_per_frame
-    return ["".join(words[i : i + step]) for i in range(0, len(words), step)]
+    pieces = ["".join(words[i : i + step]) for i in range(0, len(words), step)]
+    if (held := config.held_frame) is not None:
+        pieces[held : held + 2] = ["".join(pieces[held : held + 2])]
+    return pieces
 
 
 def _piece(text: str, index: int, is_chat: bool, reason: str | None) -> dict[str, Any]:

@@ -68,6 +68,9 @@ class Reply:
     status         HTTP status; 0: there was no response.
     chunk_times    arrival of each frame that can carry tokens, so not of chat's role frame and the
                    usage frame. A frame may hold several tokens; see `num_output_tokens`.
+    chunk_counts   completion tokens of the choice so far, at each frame of chunk_times that brought
+                   its usage: every one where continuous_usage_stats was asked for and is known to
+                   the server, else none, or only some.
     finish_reasons, texts
                    choice index -> finish reason, and text where the connection keeps it.
     body           the body, unless it is a stream.
@@ -81,6 +84,7 @@ class Reply:
     status: int = 0
     ended_s: float = 0.0
     chunk_times: list[float] = field(default_factory=list)
+    chunk_counts: list[int] = field(default_factory=list)
     usage: Usage | None = None
     finish_reasons: dict[int, str] = field(default_factory=dict)
     texts: dict[int, str] = field(default_factory=dict)
@@ -361,6 +365,8 @@ class Connection(asyncio.Protocol):
             self._on_choices(frame.choices)
         if _carries_tokens(frame.choices):
             reply.chunk_times.append(now)
+            if frame.usage is not None:
+                reply.chunk_counts.append(frame.usage.completion_tokens)
         for choice in frame.choices:
             if choice.finish_reason is not None:
                 reply.finish_reasons[choice.index] = choice.finish_reason

@@ -81,6 +81,7 @@ def test_every_split_of_the_bytes_reads_the_same(chunk_size: int, segment_size: 
     assert reply.error is None and reply.is_done
     assert reply.texts == {0: "aé bc"}
     assert len(reply.chunk_times) == 2  # neither the role frame nor the usage frame
+    assert reply.chunk_counts == []  # usage came at the end only
     assert reply.num_output_tokens == 5  # usage, not frames
     assert reply.finish_reasons == {0: "stop"}
     assert connection.is_usable
@@ -93,6 +94,21 @@ def test_a_body_that_ends_with_the_connection() -> None:
     reply = exchange_with(serve)
     assert reply.error is None
     assert reply.texts == {0: "aé bc"}
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_the_tokens_so_far_at_each_frame(path: str) -> None:
+    """The frame of two tokens counts both; chat's role frame and the usage frame count nothing."""
+    body = {
+        "prompt": "hi", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }  # fmt: skip
+    with running_stub(StubConfig(held_frame=1)) as (url, _):
+        reply = asyncio.run(fetch(Endpoint.parse(url), path, body))
+    assert reply.error is None and len(reply.chunk_times) == 4
+    assert reply.chunk_counts == [1, 3, 4, 5]
+    assert reply.num_output_tokens == 5
 
 
 @pytest.mark.parametrize(

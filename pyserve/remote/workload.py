@@ -41,6 +41,8 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
     request_rate           arrivals per second; None: a closed loop of `concurrency` slots.
     burstiness             shape of the gamma distribution of the gaps between arrivals: 1 is a
                            Poisson process, less makes bursts, more an even stream.
+    has_continuous_usage   the server is asked to count the tokens in every frame, which costs it a
+                           little more for each.
     first_number           number of the first request, so that warm-up requests can be different.
     timeout_s              after so many seconds a request fails.
     """
@@ -62,6 +64,7 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     first_number: int = 0
     ignore_eos: bool = True
+    has_continuous_usage: bool = False
     temperature: float = 0.0
     extra_body: dict[str, Any] = {}
     timeout_s: float = 600.0
@@ -73,6 +76,8 @@ class RequestRecord(msgspec.Struct, frozen=True):
     started_s         when it was sent; in an open loop, when it was due.
     first_s, last_s   arrival of the first and the last frame with tokens; None: there was none.
     gaps              seconds between frames with tokens.
+    gap_tokens        number of tokens in the frame that ended each gap, 0 in one that only ended
+                      the stream; empty where the server did not say, or of several choices.
     num_asked_tokens  max_tokens of the request.
     has_usage         tokens were counted by the server; else by frames.
     late_s            seconds between when it was due and when it was sent.
@@ -85,6 +90,7 @@ class RequestRecord(msgspec.Struct, frozen=True):
     first_s: float | None
     last_s: float | None
     gaps: list[float]
+    gap_tokens: list[int]
     num_prompt_tokens: int
     num_cached_tokens: int
     num_output_tokens: int
@@ -126,11 +132,14 @@ def build_request(spec: LoadSpec, number: int) -> tuple[str, dict[str, Any]]:
     size = spec.vocab_size if is_ids else len(WORDS)
     prefix = prefix_rng.integers(0, size, spec.shared_prefix_len)[:prefix_len].tolist()
     ids = prefix + rng.integers(0, size, input_len - prefix_len).tolist()
+    options = {"include_usage": True}
+    if spec.has_continuous_usage:
+        options["continuous_usage_stats"] = True
     body: dict[str, Any] = {
         "max_tokens": output_len,
         "temperature": spec.temperature,
         "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream_options": options,
     }
     if spec.models:
         body["model"] = spec.models[int(rng.integers(0, len(spec.models)))]
@@ -294,6 +303,7 @@ def _record(number: int, reply: Reply, num_asked: int, late_s: float) -> Request
         first_s=times[0] if times else None,
         last_s=times[-1] if times else None,
         gaps=np.diff(times).tolist(),
+        gap_tokens=_gap_tokens(reply)[: max(0, len(times) - 1)],
         num_prompt_tokens=reply.usage.prompt_tokens if reply.usage else 0,
         num_cached_tokens=reply.num_cached_tokens,
         num_output_tokens=num_output_tokens,
@@ -302,3 +312,11 @@ def _record(number: int, reply: Reply, num_asked: int, late_s: float) -> Request
         late_s=late_s,
         error=error,
     )
+
+
+def _gap_tokens(reply: Reply) -> list[int]:
+    """Tokens of each frame but the first; empty where they are not known of every frame."""
+    # Each choice is counted alone, so counts of several choices cannot be subtracted.
+    if len(reply.chunk_counts) != len(reply.chunk_times) or len(reply.finish_reasons) > 1:
+        return []
+    return np.diff(reply.chunk_counts).tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,11 +110,33 @@ def test_a_load_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert "want IN/OUTxCONCURRENCY" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stub", [StubConfig()], indirect=True)
+@pytest.mark.parametrize(
+    ("stub", "gap", "num_one_token"),
+    [
+        (StubConfig(held_frame=2), r"\(a frame of (1 token|2 tokens)\), of one token [\d.]+ ms", 9),
+        (StubConfig(tokens_per_frame=2), r"\(a frame of 2 tokens\), of one token - ms", 0),
+    ],
+    indirect=["stub"],
+)
 def test_prompts_beside_a_load(
+    stub: list[str], gap: str, num_one_token: int, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert run(tmp_path, "--loads", "16/6x3", "--beside", "32/2x5") == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("= beside")]
+    assert "beside 5 prompts of 32, whose TTFT is" in line
+    assert re.search(rf": longest gap [\d.]+ ms {gap}$", line)
+    figures = json.loads((tmp_path / "all.json").read_text())["results"]["16/6, 3"]
+    assert figures["e2e_s"]["count"] == 3 and figures["beside"]["e2e_s"]["count"] == 5
+    assert (figures["one_token_itl_s"] or {"count": 0})["count"] == num_one_token
+    config = json.loads((tmp_path / "serve-32-2-1.json").read_text())["config"]
+    assert not config["has_continuous_usage"]
+
+
+@pytest.mark.parametrize("stub", [StubConfig(has_usage=False)], indirect=True)
+def test_a_server_that_counts_no_frames_has_one_longest_gap(
     stub: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(tmp_path, "--loads", "16/4x3", "--beside", "32/2x5") == 0
-    assert "beside 5 prompts of 32, whose TTFT is" in capsys.readouterr().out
-    figures = json.loads((tmp_path / "all.json").read_text())["results"]["16/4, 3"]
-    assert figures["e2e_s"]["count"] == 3 and figures["beside"]["e2e_s"]["count"] == 5
+    assert run(tmp_path, "--loads", "16/4x3", "--beside", "32/2x1") == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("= beside")]
+    assert re.search(r"longest gap [\d.]+ ms$", line)

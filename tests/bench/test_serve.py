@@ -20,6 +20,7 @@ from pyserve.remote.workload import (
 
 RECORD = RequestRecord(
     number=0, started_s=10.0, ended_s=11.5, first_s=10.5, last_s=11.4, gaps=[0.3, 0.3, 0.3],
+    gap_tokens=[],
     num_prompt_tokens=100, num_cached_tokens=16, num_output_tokens=10, num_asked_tokens=10,
     has_usage=True, late_s=0.0, error=None,
 )  # fmt: skip
@@ -55,6 +56,34 @@ def test_aggregate_by_hand() -> None:
     assert result["cached_tokens"] == 16
     assert result["errors"] == {"HTTP 500: x": 1}
     assert result["client_busy"] == [0.25]
+
+
+def test_gaps_of_one_token_by_hand() -> None:
+    held = msgspec.structs.replace(RECORD, gaps=[0.2, 0.7, 0.4], gap_tokens=[1, 2, 1])
+    ended = msgspec.structs.replace(RECORD, gaps=[0.5, 0.1], gap_tokens=[1, 0])
+    result = aggregate([WorkerReport([held, ended], cpu_s=1.0, wall_s=4.0, num_resent=0)])
+    assert result["itl_s"]["max"] == 0.7 and result["itl_s"]["count"] == 5
+    assert result["one_token_itl_s"]["max"] == 0.5 and result["one_token_itl_s"]["count"] == 3
+    assert result["longest_gap_tokens"] == 2
+    # One stream that was not counted could hold the longest gap of one token.
+    result = aggregate([WorkerReport([held, RECORD], cpu_s=1.0, wall_s=4.0, num_resent=0)])
+    assert result["one_token_itl_s"] is None and result["longest_gap_tokens"] is None
+
+
+def test_gaps_of_one_token_are_shown_where_they_are_known() -> None:
+    config = StubConfig(held_frame=4)
+    spec, result = load_on(config, has_continuous_usage=True, num_requests=4)
+    assert result["longest_gap_tokens"] in (1, 2)
+    assert (result["itl_s"]["count"], result["one_token_itl_s"]["count"]) == (32, 28)
+    assert "ITL (one token)" in render(spec, result)
+    spec, result = load_on(config, num_requests=4)
+    assert result["one_token_itl_s"] is None and result["longest_gap_tokens"] is None
+    shown = render(spec, result)
+    assert "ITL (one token)" not in shown and "of one token" not in shown
+    spec, result = load_on(StubConfig(has_usage=False), has_continuous_usage=True)
+    shown = render(spec, result)
+    assert "ITL (one token)" not in shown
+    assert "! the server did not count the tokens of every frame" in shown
 
 
 @pytest.mark.parametrize("is_chat", [False, True])
@@ -107,9 +136,11 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     out = tmp_path / "out.json"
     with running_stub() as (url, stub):
         flags = ["--url", url, "-c", "2", "--output-len", "3:5", "--processes", "1"]
-        assert main([*flags, "--seed", "7", "--json", str(out), "--api-key", "secret"]) == 0
+        flags += ["--continuous-usage", "--api-key", "secret"]
+        assert main([*flags, "--seed", "7", "--json", str(out)]) == 0
         assert stub.num_requests == 2 + 4  # warm-up and 2 per slot
     printed = capsys.readouterr().out
+    assert "ITL (one token)" in printed
     assert "TTFT" in printed and "seed 7" in printed and MODEL in printed
     written = json.loads(out.read_text())
     assert written["config"]["output_len"] == [3, 5]

@@ -32,6 +32,7 @@ def test_what_scripts_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         body = stub.seen[-1]
     assert len(body["prompt"]) == 9 and max(body["prompt"]) < 1000
     assert (body["max_tokens"], body["ignore_eos"], body["model"]) == (5, True, MODEL)
+    assert body["stream_options"] == {"include_usage": True}, "not in every frame"
     lines = capsys.readouterr().out.splitlines()
     table = lines[lines.index(" Serving Benchmark Result ".center(50, "=")) :]
     labels = [line[:40].strip() for line in table if line[:1] not in "-="]
@@ -67,8 +68,8 @@ def test_chats_of_a_file_at_a_rate(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_figures_by_hand() -> None:
     record = RequestRecord(
         number=0, started_s=0.0, ended_s=2.0, first_s=0.5, last_s=1.9, gaps=[0.7, 0.7],
-        num_prompt_tokens=10, num_cached_tokens=0, num_output_tokens=6, num_asked_tokens=6,
-        has_usage=True, late_s=0.0, error=None,
+        gap_tokens=[], num_prompt_tokens=10, num_cached_tokens=0, num_output_tokens=6,
+        num_asked_tokens=6, has_usage=True, late_s=0.0, error=None,
     )  # fmt: skip
     figures = measure([record], {"ttft": 500.0, "tpot": 279.0}, [50.0])
     assert figures["mean_ttft_ms"] == 500.0 and figures["mean_e2el_ms"] == 2000.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import numpy as np
+import pytest
 
 from bench.stub import MODEL, StubConfig, running_stub
 from pyserve.remote.workload import LoadSpec, arrival_times, build_request, run_load
@@ -39,6 +40,38 @@ def test_fields_can_be_added_and_overridden() -> None:
     spec = vary(extra_body={"top_k": 5, "max_tokens": 3}, ignore_eos=False)
     body = build_request(spec, 0)[1]
     assert body["top_k"] == 5 and body["max_tokens"] == 3 and "ignore_eos" not in body
+
+
+def test_usage_in_every_frame_is_asked_for_on_demand() -> None:
+    asked = [build_request(vary(has_continuous_usage=flag), 0)[1] for flag in (False, True)]
+    options = [body["stream_options"] for body in asked]
+    assert options[0] == {"include_usage": True}
+    assert options[1] == {"include_usage": True, "continuous_usage_stats": True}
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "gap_tokens"),
+    [
+        (StubConfig(), {}, [1] * 9),
+        (StubConfig(held_frame=2), {}, [1, 2, 1, 1, 1, 1, 1, 1]),
+        (StubConfig(held_frame=2), {"is_chat": True}, [1, 2, 1, 1, 1, 1, 1, 1]),
+        (StubConfig(held_frame=0), {}, [1] * 8),  # no gap ends in the first frame
+        (StubConfig(tokens_per_frame=4), {}, [4, 2]),
+        (StubConfig(tokens_per_frame=10), {}, []),
+        (StubConfig(held_frame=2), {"has_continuous_usage": False}, []),
+        (StubConfig(has_usage=False), {}, []),
+        (StubConfig(), {"extra_body": {"n": 2}}, []),
+    ],
+)
+def test_tokens_of_each_gap(
+    config: StubConfig, fields: dict[str, object], gap_tokens: list[int]
+) -> None:
+    with running_stub(config) as (url, _):
+        spec = vary(url=url, num_requests=1, output_len=(10, 10), has_continuous_usage=True)
+        (report,) = run_load(msgspec.structs.replace(spec, **fields), 1)
+    (record,) = report.records
+    assert record.error is None and record.gap_tokens == gap_tokens
+    assert not gap_tokens or len(record.gaps) == len(gap_tokens)
 
 
 def test_arrivals_are_poisson() -> None:
