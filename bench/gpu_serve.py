@@ -103,15 +103,17 @@ def measure(
     return figures
 
 
-def measure_beside(url: str, load: Load, beside: Load, out: Path) -> dict[str, Any]:
+def measure_beside(
+    url: str, load: Load, beside: Load, out: Path, *, vocab_size: int
+) -> dict[str, Any]:
     """One request a slot of `load`, while beside[2] prompts of beside[0] tokens pass one after
     another; the figures of both. The server counts the tokens of each frame of the load."""
     input_len, output_len, num_requests = beside
     flags = ["-n", str(load[2]), "--continuous-usage"]
     with ThreadPoolExecutor(2) as threads:
-        main = threads.submit(measure, url, load, out, None, flags)
+        main = threads.submit(measure, url, load, out, None, flags, vocab_size)
         one, extra = (input_len, output_len, 1), ["-n", str(num_requests)]
-        other = threads.submit(measure, url, one, out, None, extra)
+        other = threads.submit(measure, url, one, out, None, extra, vocab_size)
         return main.result() | {"beside": other.result()}
 
 
@@ -165,11 +167,13 @@ def main(argv: list[str] | None = None) -> int:
             for load in args.loads:
                 name = "/".join(map(str, load[:2])) + f", {load[2]}"
                 try:
+                    vocab_size = vocab_size_of(config)
                     if args.beside:
-                        figures = measure_beside(server.url, load, args.beside, args.out)
+                        figures = measure_beside(
+                            server.url, load, args.beside, args.out, vocab_size=vocab_size
+                        )
                         print(f"= {_beside_line(args.beside, figures)}")
                     else:
-                        vocab_size = vocab_size_of(config)
                         figures = measure(server.url, load, args.out, vocab_size=vocab_size)
                 except RuntimeError as error:
                     problems.append(f"{name}: {error}")

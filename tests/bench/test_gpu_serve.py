@@ -74,11 +74,16 @@ def test_a_row_for_each_load(
 def test_another_model_has_floors_and_limits_of_its_own(
     stub: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = {"model_type": "gemma2", "max_position_embeddings": 8192}
+    config = {"model_type": "gemma2", "max_position_embeddings": 8192, "vocab_size": 1024}
     (tmp_path / "config.json").write_text(json.dumps(config))
     flags = ["--model", str(tmp_path), "--out", str(tmp_path), "--loads", "128/512x1"]
     assert gpu_serve.main(flags) == 0
     assert stub[2:] == ["--max-model-len", "8192"]
+    sent = json.loads((tmp_path / "serve-128-512-1.json").read_text())["config"]
+    assert sent["vocab_size"] == 768
+    assert gpu_serve.main([*flags, "--beside", "32/2x1"]) == 0
+    for name in ("serve-128-512-1.json", "serve-32-2-1.json"):
+        assert json.loads((tmp_path / name).read_text())["config"]["vocab_size"] == 768
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 128")]
     assert "|  | TPOT 4.4 ms; at the rate of the 8B 4.7, asked 5.15 |" in rows[0]
 
