@@ -31,18 +31,24 @@ from pyserve.ops.native import native
 # With many tokens a CTA takes 64 of them, so splits * tokens = 8,192 makes 128 CTAs, about one for
 # each SM of an H200.
 MAX_SPLITS, SPLIT_ROWS = 8, 8192
+# Up to FEW_TOKENS there are more splits, so that each warp loads its part of 14,336 columns at once.
+# More tokens may use so many adapters that the CTAs would no longer run all at a time.
+FEW_TOKENS, FEW_SPLITS = 2, 16
 
 
 def num_splits(num_tokens: int, device: torch.device) -> int:
     """The number of splits for a step of num_tokens tokens on this device."""
     if device.type != "cuda":
         return 1
-    return max(1, min(MAX_SPLITS, SPLIT_ROWS // max(num_tokens, 1)))
+    if num_tokens <= FEW_TOKENS:
+        return FEW_SPLITS
+    return max(1, min(MAX_SPLITS, SPLIT_ROWS // num_tokens))
 
 
 def most_rows(max_num_tokens: int) -> int:
     """The maximum of num_splits * num_tokens on any device, for up to max_num_tokens tokens."""
-    return max(max_num_tokens, min(MAX_SPLITS * max_num_tokens, SPLIT_ROWS))
+    of_few = FEW_SPLITS * min(max_num_tokens, FEW_TOKENS)
+    return max(max_num_tokens, of_few, min(MAX_SPLITS * max_num_tokens, SPLIT_ROWS))
 
 
 def lora_shrink(

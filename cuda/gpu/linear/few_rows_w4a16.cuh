@@ -110,6 +110,17 @@ struct W4Work {
     return {num_strips / num_ctas, num_strips % num_ctas, num_pieces,
             is_x_kept ? num_steps : Tile::kStages, is_x_kept};
   }
+
+  // Dynamic shared memory. On Hopper no more than is used, so that the small kernels of a chain can
+  // start beside a CTA, but by rule 5 of pdl.cuh too much for two CTAs on an SM.
+  template <class Tile>
+  size_t smem_bytes(const LinearParams& p, Tile) const {
+    constexpr size_t kMostOfTwo = 113 * 1024;
+    if (Tile::kSmem <= kMostOfTwo) return Tile::kSmem;
+    const size_t used = Tile::kSmem - Tile::kXBytes +
+                        static_cast<size_t>(Tile::kWarps * x_slots * p.m * Tile::kTokenBytes);
+    return std::max(used, kMostOfTwo + 1024);
+  }
 };
 
 // The scales and zero points of a group for the rows of this lane's fragments.
@@ -423,8 +434,9 @@ cudaError_t launch_w4a16_tiled(const LinearParams& p, int num_sms, cudaStream_t 
   if (error != cudaSuccess) return error;
   const int64_t num_strips = (p.n + kStripRows - 1) / kStripRows;
   const int num_ctas = static_cast<int>(std::min<int64_t>(num_strips, num_sms));
-  return launch_chained(kKernel, static_cast<unsigned>(num_ctas), Tile::kThreads, Tile::kSmem,
-                        stream, p, W4Work::of(p, num_ctas, Tile{}));
+  const W4Work work = W4Work::of(p, num_ctas, Tile{});
+  return launch_chained(kKernel, static_cast<unsigned>(num_ctas), Tile::kThreads,
+                        work.smem_bytes(p, Tile{}), stream, p, work);
 }
 
 // Launches with the tiling that Tilings has for the group size.

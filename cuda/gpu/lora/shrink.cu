@@ -13,7 +13,9 @@
 // bytes of a row and feeds two mma with them. Up to 64 tokens, a CTA takes 16 tokens by 8 rows of
 // A, or by 16 or 32 rows where A has more. Time then depends on reading A: many SMs should read it,
 // though there should not be more CTAs than run at a time, and a warp should have all of its loads
-// in flight at once. That is why k is split too. With more tokens a CTA takes 32 tokens by 16 rows,
+// in flight at once. That is why k is split too. Up to 8 tokens (half an mma) the lanes hold no
+// others, so that with 85 registers a CTA finds room beside a CTA of the linear in front, which has
+// 38,912 of an SM's registers and 171 KB of its shared memory. With more tokens a CTA takes 32 tokens by 16 rows,
 // because A would otherwise be read again for each 16 tokens. The first pieces of A are loaded
 // before pdl_wait().
 // Numerics: float32 sums, added over the warps in order. The order of a sum depends on k and on the
@@ -28,6 +30,7 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kHalfTokens = 8;          // up to here the second half of an mma's tokens is unused
 constexpr int kFewTokens = 64;          // up to here a CTA takes the 16 tokens of one mma
 constexpr int kPiece = 32;              // a piece: columns of k that a warp takes at once
 constexpr int kStep = kWarps * kPiece;  // distance from one piece of a warp to its next
@@ -50,9 +53,10 @@ __device__ __forceinline__ uint4 load_piece(const T* row, bool is_there, int i, 
 }
 
 // What a lane holds at a time: kDepth pieces of its warp, for kTokenTiles x kRowTiles mma each.
-template <class T, int kTokenTiles, int kRowTiles, int kDepth, bool kIsAligned>
+// kIsHalf: tokens 8 to 15 of a tile do not exist.
+template <class T, int kTokenTiles, int kRowTiles, int kDepth, bool kIsAligned, bool kIsHalf>
 struct Pieces {
-  uint4 a[kDepth][kRowTiles], low[kDepth][kTokenTiles], high[kDepth][kTokenTiles];
+  uint4 a[kDepth][kRowTiles], low[kDepth][kTokenTiles], high[kDepth][kIsHalf ? 1 : kTokenTiles];
 
   __device__ __forceinline__ void load_a(const T* const (&rows)[kRowTiles],
                                          const bool (&has_row)[kRowTiles], int column, int end) {
@@ -77,8 +81,12 @@ struct Pieces {
         const int token = m * kMmaTokens;
         low[d][m] = load_piece<T, kIsAligned>(x + token * stride, token + group < count,
                                               column + d * kStep, end);
-        high[d][m] = load_piece<T, kIsAligned>(x + (token + 8) * stride, token + 8 + group < count,
-                                               column + d * kStep, end);
+        if constexpr (kIsHalf) {
+          high[d][m] = {};
+        } else {
+          high[d][m] = load_piece<T, kIsAligned>(x + (token + 8) * stride,
+                                                 token + 8 + group < count, column + d * kStep, end);
+        }
       }
     }
   }
@@ -101,20 +109,26 @@ struct Pieces {
 };
 
 // CTAs per SM; with two, ptxas spills registers for sm_120.
+template <bool kIsHalf>
+constexpr int resident() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr int kResident = 1;
+  return kIsHalf ? 2 : 1;
 #else
-constexpr int kResident = 2;
+  return kIsHalf ? 3 : 2;
 #endif
+}
 
-template <class T, int kTokenTiles, int kRowTiles, int kDepth, bool kIsAligned>
-__global__ void __launch_bounds__(kThreads, kResident)
+template <class T, int kTokenTiles, int kRowTiles, int kDepth, bool kIsAligned,
+          bool kIsHalf = false>
+__global__ void __launch_bounds__(kThreads, resident<kIsHalf>())
     shrink_kernel(LoraShrinkParams p, int row_blocks, int split_columns) {
   constexpr int kTokens = kMmaTokens * kTokenTiles, kRows = 8 * kRowTiles;
   constexpr int kLog2Tokens = kTokenTiles == 1 ? 4 : 5;
   static_assert(1 << kLog2Tokens == kTokens);
   static_assert(kThreads % kRows == 0, "a thread writes one row's sums");
-  __shared__ float partial[kWarps][kMmaTokens][kRows + 1];
+  static_assert(!kIsHalf || kTokenTiles == 1);
+  constexpr int kTileTokens = kIsHalf ? kMmaTokens / 2 : kMmaTokens;
+  __shared__ float partial[kWarps][kTileTokens][kRows + 1];
   __shared__ float factors[kTokens];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int group = lane / 4, place = lane % 4;  // the lane's indices in an mma's fragments
@@ -138,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
   const int begin = split * split_columns + warp * kPiece + place * kVec;
   const int end = min((split + 1) * split_columns, static_cast<int>(p.k));
-  Pieces<T, kTokenTiles, kRowTiles, kDepth, kIsAligned> pieces;
+  Pieces<T, kTokenTiles, kRowTiles, kDepth, kIsAligned, kIsHalf> pieces;
   pieces.load_a(a, has_a, begin, end);
   const Row own_row = row_of(p.rows, tile.slot, first_row + threadIdx.x % kRows);
   const float scale =
@@ -165,11 +179,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
       const int row = 8 * n + 2 * place;
       partial[warp][group][row] = sums[m][n][0];
       partial[warp][group][row + 1] = sums[m][n][1];
-      partial[warp][group + 8][row] = sums[m][n][2];
-      partial[warp][group + 8][row + 1] = sums[m][n][3];
+      if constexpr (!kIsHalf) {
+        partial[warp][group + 8][row] = sums[m][n][2];
+        partial[warp][group + 8][row + 1] = sums[m][n][3];
+      }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < kMmaTokens * kRows; i += kThreads) {
+    for (int i = threadIdx.x; i < kTileTokens * kRows; i += kThreads) {
       const int own = i / kRows, token = m * kMmaTokens + own;
       if (token >= tile.count || !own_row.is_there) continue;
       float sum = 0.0f;
@@ -181,14 +197,15 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
 }
 
-template <class T, int kTokenTiles, int kRowTiles, int kDepth, bool kIsAligned>
+template <class T, int kTokenTiles, int kRowTiles, int kDepth, bool kIsAligned,
+          bool kIsHalf = false>
 cudaError_t launch_tiles(const LoraShrinkParams& p, cudaStream_t stream) {
   constexpr int kTokens = kMmaTokens * kTokenTiles, kRows = 8 * kRowTiles;
   const int row_blocks = (p.rows.num_parts * p.rows.max_rank + kRows - 1) / kRows;
   const int64_t num_pieces = (p.k + kPiece - 1) / kPiece, num_splits = p.out.num_splits;
   const int split_columns = static_cast<int>((num_pieces + num_splits - 1) / num_splits) * kPiece;
   const int64_t num_tiles = num_token_tiles(p.rows.num_tokens, kTokens, p.rows.num_slots);
-  return launch_chained(shrink_kernel<T, kTokenTiles, kRowTiles, kDepth, kIsAligned>,
+  return launch_chained(shrink_kernel<T, kTokenTiles, kRowTiles, kDepth, kIsAligned, kIsHalf>,
                         static_cast<unsigned>(num_tiles * num_splits * row_blocks), kThreads, 0,
                         stream, p, row_blocks, split_columns);
 }
@@ -200,6 +217,11 @@ cudaError_t launch_as(const LoraShrinkParams& p, cudaStream_t stream) {
   if (!is_aligned) return launch_tiles<T, 1, 1, 1, false>(p, stream);
   if (p.rows.num_tokens <= kFewTokens) {
     const int num_rows = p.rows.num_parts * p.rows.max_rank;
+    const int64_t num_tiles = num_token_tiles(p.rows.num_tokens, kMmaTokens, p.rows.num_slots);
+    const bool is_small = num_tiles <= 2 ? num_rows <= 64 : num_rows <= 16;
+    if (p.rows.num_tokens <= kHalfTokens && is_small) {
+      return launch_tiles<T, 1, 1, 4, true, true>(p, stream);
+    }
     if (num_rows <= 16) return launch_tiles<T, 1, 1, 4, true>(p, stream);
     if (num_rows <= 64) return launch_tiles<T, 1, 2, 4, true>(p, stream);
     return launch_tiles<T, 1, 4, 2, true>(p, stream);
