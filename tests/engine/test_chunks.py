@@ -94,7 +94,7 @@ def test_a_prompt_that_was_cut_is_not_cut_for_ever() -> None:
     machine = Machine(weights_s=10e-3, token_s=24e-6, attention_s=8e-3)
     pacer = ChunkPacer(0.030, max_tokens=8192)
     pacer.note(step_of(0, 7552), 0.250)  # a slow one, which makes the limit smaller than the prompt
-    num_steps = []
+    num_steps: list[int] = []
     for _ in range(12):
         left, num_steps = 8192, [*num_steps, 0]
         while left:
