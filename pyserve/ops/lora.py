@@ -31,8 +31,8 @@ from pyserve.ops.native import native
 # With many tokens a CTA takes 64 of them, so splits * tokens = 8,192 makes 128 CTAs, about one for
 # each SM of an H200.
 MAX_SPLITS, SPLIT_ROWS = 8, 8192
-# Up to FEW_TOKENS there are more splits, so that each warp loads its part of 14,336 columns at once.
-# More tokens may use so many adapters that the CTAs would no longer run all at a time.
+# Up to FEW_TOKENS there are more splits, so that each warp loads its part of 14,336 columns at
+# once. More tokens may use so many adapters that the CTAs would no longer run all at a time.
 FEW_TOKENS, FEW_SPLITS = 2, 16
 
 
