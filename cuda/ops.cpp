@@ -61,6 +61,14 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
   m.def(
       "lora_expand_silu_mul(Tensor shrunk, Tensor b, Tensor starts, Tensor ranks, Tensor columns, "
       "Tensor(a!) gate_up, Tensor(b!) out) -> ()");
+  m.def(
+      "linear_lora(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, int epilogue, "
+      "Tensor shrunk, Tensor b, Tensor starts, Tensor ranks, Tensor columns, "
+      "Tensor? x_squares=None, float eps=0.0, Tensor? norm_weight=None, Tensor(b!)? scaled=None, "
+      "Tensor(c!)? squares=None) -> ()");
+  m.def(
+      "serves_linear_lora(Tensor x, Tensor weight, Tensor out, int epilogue, Tensor shrunk, "
+      "Tensor b, Tensor starts, Tensor ranks, Tensor columns) -> bool");
   m.def("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def("gelu_tanh_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def(

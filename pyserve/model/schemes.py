@@ -94,6 +94,15 @@ class NormingScheme(AddingScheme, ActivatingScheme, Protocol):
     ) -> None: ...  # fmt: skip
 
 
+@runtime_checkable
+class AdaptingScheme(Protocol):
+    """A scheme that ops.lora.linear_lora may serve, the linear of few rows with adapters."""
+
+    @property
+    def stored(self) -> torch.Tensor:
+        """The matrix as that op takes it."""
+
+
 class Dense:
     """A plain matrix: `weight` [sum of rows, columns.size] in the computation's dtype."""
 
@@ -156,6 +165,10 @@ class Dense:
         ops.linear_silu_mul_of_scaled(x, self.weight, bias, out, squares, eps)
 
     def plain(self) -> torch.Tensor:
+        return self.weight
+
+    @property
+    def stored(self) -> torch.Tensor:
         return self.weight
 
     def destinations(self) -> Destinations:

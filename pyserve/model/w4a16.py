@@ -50,6 +50,10 @@ class W4A16(QuantisedScheme):
         return self.matrix.packed
 
     @property
+    def stored(self) -> torch.Tensor:
+        return self.matrix.packed
+
+    @property
     def is_norming(self) -> bool:
         """Whether no two parts share a strip of rows, as gate and up must not. Other fused matrices
         would not need it."""

@@ -18,9 +18,13 @@ RuntimeError on a CPU and trap on a card. The plain-torch specification is in re
 The intermediate x A^T is float32 [num_splits, num_tokens, num_parts, max_rank], to be summed over
 the splits. On a card each split covers some of the columns of x, so that more multiprocessors share
 the reading of A.
+
+For few tokens on a card the linear's own kernel can add the second product: linear_lora.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,3 +90,45 @@ def lora_expand_silu_mul(
     there is only one rounding.
     """
     native.lora_expand_silu_mul(shrunk, b, starts, ranks, columns, gate_up, out)
+
+
+# The most rows that linear_lora serves on any card.
+MAX_LINEAR_ROWS = 8
+
+
+class LinearLora(NamedTuple):
+    """What adapters add to a linear: `shrunk`, of rows of x without a norm's factor, and the other
+    arguments of lora_expand."""
+
+    shrunk: Tensor
+    b: Tensor
+    starts: Tensor
+    ranks: Tensor
+    columns: Tensor
+
+
+def serves_linear_lora(
+    x: Tensor, weight: Tensor, out: Tensor, epilogue: int, adapters: LinearLora
+) -> bool:
+    """Whether linear_lora serves these. On a card: cuda/gpu/linear/few_rows_lora.cu."""
+    if not x.is_cuda or len(x) > MAX_LINEAR_ROWS:
+        return False
+    is_served: bool = native.serves_linear_lora(x, weight, out, epilogue, *adapters)
+    return is_served
+
+
+def linear_lora(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, epilogue: int,
+    adapters: LinearLora, x_squares: Tensor | None = None, eps: float = 0.0,
+    norm_weight: Tensor | None = None, scaled: Tensor | None = None,
+    squares: Tensor | None = None,
+) -> None:  # fmt: skip
+    """A linear with its adapters in one kernel, rounded once; requires serves_linear_lora.
+
+    weight is that of ops.linear, or `packed` as w4a16.py defines it. epilogue is STORE, ADD or
+    SILU_MUL, and the arguments of norms are those of ops.linear_of_scaled and linear_add_for_norm.
+    The factor of a norm in front multiplies what the adapters add, too.
+    """
+    native.linear_lora(
+        x, weight, bias, out, epilogue, *adapters, x_squares, eps, norm_weight, scaled, squares
+    )

@@ -27,9 +27,11 @@ from pyserve.ops.reference_linear import linear_add as linear_add
 from pyserve.ops.reference_linear import linear_silu_mul as linear_silu_mul
 from pyserve.ops.reference_linear import serves_linear as serves_linear
 from pyserve.ops.reference_linear import silu_mul as silu_mul
+from pyserve.ops.reference_lora import linear_lora as linear_lora
 from pyserve.ops.reference_lora import lora_expand as lora_expand
 from pyserve.ops.reference_lora import lora_expand_silu_mul as lora_expand_silu_mul
 from pyserve.ops.reference_lora import lora_shrink as lora_shrink
+from pyserve.ops.reference_lora import serves_linear_lora as serves_linear_lora
 from pyserve.ops.reference_quantised import dequantise_fp8 as dequantise_fp8
 from pyserve.ops.reference_quantised import dequantise_w4a16 as dequantise_w4a16
 from pyserve.ops.reference_quantised import grouped_linear_fp8 as grouped_linear_fp8

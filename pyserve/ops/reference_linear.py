@@ -25,10 +25,15 @@ def linear_add(
     residual.copy_(residual.float() + _linear_float32(x, weight, bias))
     if norm_weight is not None:
         assert scaled is not None and squares is not None
-        scaled.copy_(residual.float() * norm_weight.float())
-        pad = -residual.shape[1] % SQUARES_COLUMNS
-        padded = torch.nn.functional.pad(residual.float().square(), (0, pad))
-        squares.copy_(padded.view(len(padded), -1, SQUARES_COLUMNS).sum(2))
+        leave_norm(residual, norm_weight, scaled, squares)
+
+
+def leave_norm(residual: Tensor, norm_weight: Tensor, scaled: Tensor, squares: Tensor) -> None:
+    """scaled and squares of linear_add."""
+    scaled.copy_(residual.float() * norm_weight.float())
+    pad = -residual.shape[1] % SQUARES_COLUMNS
+    padded = torch.nn.functional.pad(residual.float().square(), (0, pad))
+    squares.copy_(padded.view(len(padded), -1, SQUARES_COLUMNS).sum(2))
 
 
 def linear_silu_mul(

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from pyserve.ops import w4a16
+from pyserve.ops.reference_linear import leave_norm, silu_mul
+
 
 def lora_shrink(
     x: Tensor, a: Tensor, starts: Tensor, ranks: Tensor, scales: Tensor, out: Tensor,
@@ -45,6 +48,36 @@ def lora_expand_silu_mul(
     lora_expand(shrunk, b, starts, ranks, columns, gate_up)
     gate, up = gate_up.float().chunk(2, dim=1)
     out.copy_(torch.nn.functional.silu(gate) * up)
+
+
+def linear_lora(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, epilogue: int, shrunk: Tensor,
+    b: Tensor, starts: Tensor, ranks: Tensor, columns: Tensor, x_squares: Tensor | None = None,
+    eps: float = 0.0, norm_weight: Tensor | None = None, scaled: Tensor | None = None,
+    squares: Tensor | None = None,
+) -> None:  # fmt: skip
+    """linear, or linear_w4a16 where weight is int32, with lora_expand added to its sums; rounded
+    once. epilogue 0 stores, 1 is that of linear_add, 2 that of linear_silu_mul."""
+    if weight.dtype == torch.int32:
+        weight = w4a16.dequantised(weight, b.shape[1], x.shape[1])
+    result = x.float() @ weight.float().T
+    lora_expand(shrunk, b, starts, ranks, columns, result)
+    if x_squares is not None:
+        result *= torch.rsqrt(x_squares.sum(1, keepdim=True) / x.shape[1] + eps)
+    if bias is not None:
+        result += bias.float()
+    if epilogue == 2:
+        silu_mul(result, out)
+    else:
+        out.copy_(result if epilogue == 0 else out.float() + result)
+    if norm_weight is not None:
+        assert scaled is not None and squares is not None
+        leave_norm(out, norm_weight, scaled, squares)
+
+
+def serves_linear_lora(x: Tensor, *_: object) -> bool:
+    """As serves_linear."""
+    return True
 
 
 def _segments(

@@ -18,10 +18,13 @@ from torch import Tensor
 from bench.w4a16 import TILINGS
 from bench.w8a8 import TILINGS as W8A8_TILINGS
 from pyserve import ops
+from pyserve.ops.lora import LinearLora, linear_lora
 from tests.gpu.test_attention import TENSORS, allocate, fill, make_on_card
 from tests.gpu.test_experts import counted
 from tests.gpu.test_linear_fp8 import make as make_fp8
+from tests.gpu.test_linear_lora import GROUP_SIZES, adapters_of, lengths_of, max_rows, weight_of
 from tests.gpu.test_linear_w4a16 import make_packed
+from tests.ops.lora_cases import make_case, starts_of
 
 CARD = torch.device("cuda")
 DTYPE = torch.bfloat16
@@ -110,6 +113,25 @@ def test_every_tiling_of_4_bit_integers(
             check(call, keep_busy)
     finally:
         torch.ops.pyserve.try_linear_w4a16(packed, -1)
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("num_rows", [1, 8])
+def test_adapters(num_rows: int, group_size: int, keep_busy: Callable[[int], None]) -> None:
+    if num_rows > max_rows(group_size):
+        pytest.skip("more rows than the kernel takes")
+    for k, *sizes in ((4096, 4096, 1024, 1024), (14336, 4096)):
+        case = make_case([[16] * len(sizes)] * 8, sizes, k, 16, DTYPE, "cuda")
+        starts, x = starts_of(*lengths_of(num_rows, 8)).to(CARD), randn(num_rows, k)
+        weight, _ = weight_of(sum(sizes), k, group_size, DTYPE)
+        adapters = adapters_of(case, starts, x)
+
+        def run(
+            out: Tensor, x: Tensor = x, weight: Tensor = weight, adapters: LinearLora = adapters
+        ) -> None:
+            linear_lora(x, weight, None, out, STORE, adapters)
+
+        check(Call(x, (num_rows, sum(sizes)), run), keep_busy)
 
 
 @pytest.mark.parametrize("num_rows", [1, 8, 16, 40])

@@ -26,6 +26,7 @@
 #define __host__
 #define __global__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static
 
@@ -52,7 +53,7 @@ constexpr int kMaxThreads = 1280, kLanes = 32, kStackBytes = 1 << 16;
 struct Copy {
   unsigned char* to;
   const void* from;
-  bool is_valid;
+  int num_bytes;  // and zeros up to 16
 };
 
 struct Barrier {
@@ -129,13 +130,14 @@ uint32_t* lane(int index) { return exchanged[current / kLanes * kLanes + index];
 
 void land(const Copy& copy) {
   std::memset(copy.to, 0, 16);
-  if (!copy.is_valid) return;
+  if (copy.num_bytes == 0) return;
   const auto* from = static_cast<const unsigned char*>(copy.from);
   const bool is_inside = std::any_of(readable.begin(), readable.end(), [&](const auto& range) {
-    return from >= range.first && from + 16 <= range.second;
+    return from >= range.first && from + copy.num_bytes <= range.second;
   });
   if (!is_inside) fail("a copy from outside of x and weight");
-  std::memcpy(copy.to, from, 16);
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("a copy that is not aligned");
+  std::memcpy(copy.to, from, copy.num_bytes);
 }
 
 unsigned char* at(uint32_t address, uint32_t size = 16) {
@@ -316,10 +318,14 @@ uint32_t smem_address(const unsigned char* pointer) {
   return static_cast<uint32_t>(pointer - machine::shared);
 }
 
-void cp_async_16(uint32_t to, const void* from, bool is_valid) {
-  const machine::Copy copy{machine::at(to), from, is_valid};
+void cp_async_some(uint32_t to, const void* from, int num_bytes) {
+  if (num_bytes < 0 || num_bytes > 16) machine::fail("a copy of no such size");
+  const machine::Copy copy{machine::at(to), from, num_bytes};
   if (!machine::lands_late) land(copy);
   machine::threads[machine::current].open.push_back(copy);
+}
+void cp_async_16(uint32_t to, const void* from, bool is_valid) {
+  cp_async_some(to, from, is_valid ? 16 : 0);
 }
 
 void cp_async_commit() {

@@ -14,8 +14,6 @@
 #include <map>
 #include <utility>
 
-#define __grid_constant__
-
 namespace machine {
 
 // A barrier of shared memory, by its address.

@@ -18,6 +18,7 @@
 #include "gpu/experts/grouped_w4a16.h"
 #include "gpu/linear/dispatch.h"
 #include "gpu/linear/fp8.h"
+#include "gpu/linear/linear_lora.h"
 #include "gpu/linear/w4a16.h"
 #include "gpu/linear/w8a8.h"
 #include "gpu/lora/lora.h"
@@ -121,6 +122,27 @@ void launch_w4a16_linears() {
       for (int tiling = pyserve::gpu::kNumW4Tilings; tiling >= 0; --tiling) {
         pyserve::gpu::linear_trial().w4a16_tiling = tiling;
         for (int64_t group_size : {64, 128}) launch_w4a16_linear(64, group_size, dtype, epilogue);
+      }
+    }
+  }
+}
+
+void launch_lora_linears() {
+  alignas(16) static char memory[16];
+  pyserve::gpu::LinearLoraParams params{};
+  pyserve::gpu::LinearParams& p = params.linear;
+  pyserve::gpu::LinearLora& l = params.lora;
+  p.x = p.weight = l.b = p.out = memory;
+  p.x_stride = p.weight_stride = p.k = 4096;
+  p.out_stride = p.n = 6144;
+  l.shrunk = {reinterpret_cast<float*>(memory), 0, 48, 16, 8};
+  l.rows.num_slots = 8, l.rows.num_parts = 3, l.rows.max_rank = 16;
+  l.b_stride = 16, l.b_slot_stride = 6144 * 16, l.num_rows = 6144;
+  for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
+    for (Epilogue epilogue : {Epilogue::kStore, Epilogue::kAdd, Epilogue::kSiluMul}) {
+      for (int64_t m = 1; m <= 8; ++m) {
+        p.dtype = dtype, p.epilogue = epilogue, p.m = l.rows.num_tokens = m;
+        require(launch_linear_lora(params, nullptr), "linear_lora", m, 0);
       }
     }
   }
@@ -346,6 +368,7 @@ int main(int, char** argv) {
   smem_per_sm = std::atoi(argv[4]);
   launch_linears();
   launch_w4a16_linears();
+  launch_lora_linears();
   launch_fp8_linears();
   launch_w8a8_linears();
   launch_experts();

@@ -1,8 +1,8 @@
 """CUDA kernels of linears, their source compiled for a CPU: those for few rows, few_rows.cpp, of
-4-bit integers few_rows_w4a16.cpp, of 8-bit floats few_rows_fp8.cpp; of the matrices of experts the
-same names behind grouped_; and for more rows by 4-bit integers on Hopper gemm_w4a16.cpp and
-grouped_gemm_w4a16.cpp, by 8-bit floats gemm_w8a8.cpp. Attention of rows that decode: decode.cpp,
-over latents latent.cpp."""
+4-bit integers few_rows_w4a16.cpp, of 8-bit floats few_rows_fp8.cpp; the first two with adapters
+end in _lora; of the matrices of experts the same names behind grouped_; and for more rows by 4-bit
+integers on Hopper gemm_w4a16.cpp and grouped_gemm_w4a16.cpp, by 8-bit floats gemm_w8a8.cpp.
+Attention of rows that decode: decode.cpp, over latents latent.cpp."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ from tests.ops import emulated
 NUM_COMPILERS = 2
 PROGRAMS = {  # the kernels' files, and rounds that are enough
     "few_rows": (("linear/few_rows.cuh",), 2),
+    "few_rows_lora": (
+        (
+            "lora/lora.h",
+            "linear/linear_lora.h",
+            "lora/segments.cuh",
+            "linear/few_rows.cuh",
+            "linear/few_rows_lora.cuh",
+        ),
+        8,
+    ),
     "few_rows_w4a16": (
         ("linear/few_rows.cuh", "linear/w4a16_words.cuh", "linear/few_rows_w4a16.cuh"),
         1,

@@ -189,6 +189,8 @@ CUDA_OP_NAMES = {
     "serves_linear_fp8", "try_linear_w4a16",
     # Of 8-bit matrix units: tests/gpu/test_linear_w8a8.py.
     "linear_w8a8", "serves_linear_w8a8", "try_linear_w8a8",
+    # tests/gpu/test_linear_lora.py.
+    "linear_lora", "serves_linear_lora",
     # Between ranks: tests/ops/test_peers.py.
     "all_reduce_add_norm", "all_reduce_one_shot", "all_reduce_two_shot", "gather_rows",
     "broadcast_tokens",

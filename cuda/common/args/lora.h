@@ -35,6 +35,18 @@ inline void check_splits(const View& shrunk) {
   PYSERVE_CHECK(shrunk.size(0) >= 1, shrunk.op, ": ", shrunk.name, " has no splits");
 }
 
+// Checks everything but the columns of b, which must be those of the linear.
+inline void check_lora_expand(const LoraExpandArgs& args) {
+  check_same_dtype(args.b, args.out);
+  check_splits(args.shrunk);
+  check_size(args.shrunk, 1, args.num_tokens());
+  check_size(args.shrunk, 3, args.max_rank());
+  check_size(args.starts, 0, args.num_slots() + 1);
+  check_size(args.ranks, 0, args.num_slots());
+  check_size(args.ranks, 1, args.num_parts());
+  check_size(args.columns, 0, args.num_parts() + 1);
+}
+
 inline LoraShrinkArgs lora_shrink_args(const ViewReader& read, const Tensor& x, const Tensor& a,
                                        const Tensor& starts, const Tensor& ranks,
                                        const Tensor& scales, const Tensor& out,
@@ -73,15 +85,8 @@ inline LoraExpandArgs lora_expand_args(const ViewReader& read, const Tensor& shr
                             read("ranks", ranks, 2, kInt),
                             read("columns", columns, 1, kInt),
                             read(out_name, out, 2)};
-  check_same_dtype(args.b, args.out);
   check_size(args.b, 1, args.n());
-  check_splits(args.shrunk);
-  check_size(args.shrunk, 1, args.num_tokens());
-  check_size(args.shrunk, 3, args.max_rank());
-  check_size(args.starts, 0, args.num_slots() + 1);
-  check_size(args.ranks, 0, args.num_slots());
-  check_size(args.ranks, 1, args.num_parts());
-  check_size(args.columns, 0, args.num_parts() + 1);
+  check_lora_expand(args);
   return args;
 }
 

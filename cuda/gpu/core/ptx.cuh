@@ -17,12 +17,24 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 bytes from global to shared memory, bypassing L1. Where `valid` is false it writes
-// zeros and does not read `source`, which must nevertheless be a legal pointer value.
-__device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, bool valid) {
-  const int size = valid ? 16 : 0;
+// Loads a word from global memory, bypassing L1. The load is volatile so that it is issued where it
+// stands, ahead of copies that follow it, even if the word is only used behind them.
+__device__ __forceinline__ int32_t load_word(const int32_t* source) {
+  int32_t word;
+  asm volatile("ld.global.cg.b32 %0, [%1];\n" : "=r"(word) : "l"(source));
+  return word;
+}
+
+// Copies `size` bytes, 0 to 16, from global to shared memory, bypassing L1, and writes zeros behind
+// them up to 16. It reads nothing else of `source`, which must be a legal pointer value.
+__device__ __forceinline__ void cp_async_some(uint32_t destination, const void* source, int size) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(destination),
                "l"(source), "r"(size));
+}
+
+// Copies 16 bytes, or writes zeros where `valid` is false.
+__device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, bool valid) {
+  cp_async_some(destination, source, valid ? 16 : 0);
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::); }

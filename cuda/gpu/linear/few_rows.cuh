@@ -246,6 +246,19 @@ struct Result {
   }
 };
 
+// What a kernel that is given no adapters has in the place of Lora (few_rows_lora.cuh).
+struct NoLora {
+  static constexpr bool kIsThere = false;
+  __device__ __forceinline__ NoLora() {}
+  __device__ __forceinline__ NoLora(int, unsigned char*) {}
+};
+
+// By the types of what it is given.
+template <class T, class Rows, class Tile, class... Given>
+struct AdaptersOf {
+  using Type = NoLora;
+};
+
 // The sum, in the order of the warps, of what they have stored in pass_sums for a token of the pass
 // and a row of weight.
 template <class Tile>
@@ -260,21 +273,26 @@ __device__ __forceinline__ float sum_of_warps(const float* pass_sums, int token,
 
 // Finishes one result of the pass that begins at first_token: adds up the warps' sums, applies
 // factor, bias and epilogue, and stores it. All lanes of a warp call this.
-template <class T, Epilogue kEpilogue, class Tile>
+template <class T, Epilogue kEpilogue, class Tile, class Adapters = NoLora>
 __device__ __forceinline__ void finish_result(const LinearParams& p, const Result<T>& result,
                                               const float* pass_sums, int first_token,
-                                              const float* factors, int column) {
+                                              const float* factors, int column,
+                                              const Adapters& adapters = {}) {
   using Rows = RowTile<kEpilogue, Tile::kRows>;
   T value{};
   if (result.is_valid) {
     const float factor = factors[result.token];
-    auto sum_of = [&](int row) {
-      return sum_of_warps<Tile>(pass_sums, result.token - first_token, row) * factor;
+    auto sum_of = [&](int row, int64_t weight_row) {
+      float sum = sum_of_warps<Tile>(pass_sums, result.token - first_token, row);
+      if constexpr (Adapters::kIsThere) {
+        sum += adapters.sum_of(result.token, row, static_cast<int>(weight_row));
+      }
+      return sum * factor;
     };
     float operand = to_float(result.other);
-    if (Rows::kIsPaired) operand += sum_of(result.row + Rows::kColumns);
+    if (Rows::kIsPaired) operand += sum_of(result.row + Rows::kColumns, p.n + column);
     value = from_float<T>(
-        finish<kEpilogue>(sum_of(result.row) + to_float(result.bias), operand));
+        finish<kEpilogue>(sum_of(result.row, column) + to_float(result.bias), operand));
     *result.target = value;
   }
   if constexpr (kEpilogue == Epilogue::kAdd) {
@@ -284,10 +302,14 @@ __device__ __forceinline__ void finish_result(const LinearParams& p, const Resul
   }
 }
 
-// m <= kTokens and k > 0; x and weight are aligned to 16 bytes; 2 n and k fit an int.
-template <class T, Epilogue kEpilogue, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1) linear_kernel(LinearParams p, Shares shares) {
+// m <= kTokens and k > 0; x and weight are aligned to 16 bytes; 2 n and k fit an int. given: what
+// AdaptersOf names the type of, or nothing. (As a function that two kernels call, this compiles to
+// other machine code where there are no adapters.)
+template <class T, Epilogue kEpilogue, class Tile, class... Given>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    linear_kernel(LinearParams p, Shares shares, Given... given) {
   using Rows = RowTile<kEpilogue, Tile::kRows>;
+  using Adapters = typename AdaptersOf<T, Rows, Tile, Given...>::Type;
   extern __shared__ __align__(128) unsigned char dynamic_smem[];
   __shared__ float factors[Tile::kTokens];
   const int warp = threadIdx.x / kWarpSize;
@@ -302,6 +324,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) linear_kernel(LinearParams 
   const auto* weight = static_cast<const uint16_t*>(p.weight);
   const Groups<Rows, Tile> groups(shares, n);
   constexpr int kStepDepth = Tile::kWarps * Tile::kDepth;  // of k, for all warps together
+  Adapters adapters(given..., n, dynamic_smem + Tile::kSmem);
 
   // Where this lane copies to in a stage, and from which row and column of k it starts.
   const int lane_row = lane / Tile::kChunks, lane_chunk = lane % Tile::kChunks;
@@ -331,6 +354,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) linear_kernel(LinearParams 
                                           from + p.weight_stride * n, p.weight_stride,
                                           piece.num_rows, is_in_k);
         }
+        if constexpr (Adapters::kIsThere) {
+          if (piece.k + kStepDepth >= k) {
+            adapters.copy(piece.column, groups.end(piece.column), Tile::kWarps);
+          }
+        }
       }
       if (has_x) {
         copy_rows<Tile, Tile::kTokens>(to + Tile::kRows * Tile::kRowBytes, is_in_k ? piece.x : x,
@@ -344,13 +372,24 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) linear_kernel(LinearParams 
     cp_async_commit();
   };
   Piece next = piece_at(groups.first());
+  if constexpr (Adapters::kIsThere) {
+    adapters.ask();
+    const int last = (k - 1) / kStepDepth;  // the first group's last piece, which B comes with
 #pragma unroll 1
-  for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetch(next, stage, true, false);
+    for (int stage = 0; stage < Tile::kStages; ++stage) {
+      if (stage == min(last, Tile::kStages - 1)) adapters.look();
+      if (stage < Tile::kStages - 1) fetch(next, stage, true, false);
+    }
+  } else {
+#pragma unroll 1
+    for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetch(next, stage, true, false);
+  }
   pdl_wait();
   pdl_launch_dependents();
   next = piece_at(groups.first());
 #pragma unroll 1
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetch(next, stage, false, true);
+  if constexpr (Adapters::kIsThere) adapters.fill();
   for (int token = warp; token < num_tokens; token += Tile::kWarps) {
     const float factor = norm_factor(p, token);  // read only behind the first group's barrier
     if (lane == 0) factors[token] = factor;
@@ -399,13 +438,33 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) linear_kernel(LinearParams 
       for (int i = 0; i < kResults; ++i) {
         const Result<T>& result = results[pass][i];
         finish_result<T, kEpilogue, Tile>(p, result, group_sums, pass * Tile::kPassTokens, factors,
-                                          column0 + result.row);
+                                          column0 + result.row, adapters);
       }
       buffer = (buffer + 1) % Tile::kBuffers;
     }
+    if constexpr (Adapters::kIsThere) adapters.turn();
   }
   cp_async_wait<0>();
 }
+
+// How many CTAs share the columns of out, and how.
+template <Epilogue kEpilogue, class Tile>
+struct Grid {
+  static constexpr int kColumns = RowTile<kEpilogue, Tile::kRows>::kColumns;
+  static constexpr int kTileColumns = kColumns / Tile::kRowTiles;
+  int num_ctas;
+  Shares shares;
+
+  Grid(int64_t n, int num_sms)
+      : num_ctas(static_cast<int>(
+            std::min<int64_t>((n + kTileColumns - 1) / kTileColumns, num_sms))),
+        shares(n, kColumns, kTileColumns, num_ctas) {}
+
+  // The most groups that a CTA has.
+  int max_groups() const {
+    return shares.whole_end / (kColumns * num_ctas) + (shares.tiles + shares.more > 0);
+  }
+};
 
 // Launches for p.m <= kTokens, with one CTA per SM.
 template <class T, Epilogue kEpilogue, class Tile>
@@ -413,13 +472,9 @@ cudaError_t launch_tiled(const LinearParams& p, int num_sms, cudaStream_t stream
   constexpr auto kKernel = linear_kernel<T, kEpilogue, Tile>;
   const cudaError_t error = allow_smem<kKernel, Tile::kSmem>();
   if (error != cudaSuccess) return error;
-  constexpr int kColumns = RowTile<kEpilogue, Tile::kRows>::kColumns;
-  constexpr int kTileColumns = kColumns / Tile::kRowTiles;
-  const int64_t num_tiles = (p.n + kTileColumns - 1) / kTileColumns;
-  const int num_ctas = static_cast<int>(std::min<int64_t>(num_tiles, num_sms));
-  const Shares shares(p.n, kColumns, kTileColumns, num_ctas);
-  return launch_chained(kKernel, static_cast<unsigned>(num_ctas), Tile::kThreads, Tile::kSmem,
-                        stream, p, shares);
+  const Grid<kEpilogue, Tile> grid(p.n, num_sms);
+  return launch_chained(kKernel, static_cast<unsigned>(grid.num_ctas), Tile::kThreads, Tile::kSmem,
+                        stream, p, grid.shares);
 }
 
 }  // namespace pyserve::gpu

@@ -4,31 +4,11 @@
 #include <torch/csrc/stable/library.h>
 
 #include "common/args/activation.h"
-#include "common/args/lora.h"
 #include "gpu/core/bind.h"
-#include "gpu/lora/lora.h"
+#include "gpu/lora/bind_params.h"
 
 namespace pyserve {
 namespace {
-
-gpu::LoraRows lora_rows(const View& starts, const View& ranks, int64_t max_rank,
-                      int64_t num_tokens) {
-  return {.starts = starts.ptr<int32_t>(),
-          .ranks = ranks.ptr<int32_t>(),
-          .ranks_stride = ranks.stride(0),
-          .num_slots = static_cast<int32_t>(ranks.size(0)),
-          .num_parts = static_cast<int32_t>(ranks.size(1)),
-          .max_rank = static_cast<int32_t>(max_rank),
-          .num_tokens = num_tokens};
-}
-
-gpu::LoraShrunk lora_shrunk(const View& shrunk) {
-  return {.data = shrunk.ptr<float>(),
-          .split_stride = shrunk.stride(0),
-          .stride = shrunk.stride(1),
-          .part_stride = shrunk.stride(2),
-          .num_splits = static_cast<int32_t>(shrunk.size(0))};
-}
 
 void lora_shrink(const Tensor& x, const Tensor& a, const Tensor& starts, const Tensor& ranks,
                  const Tensor& scales, const Tensor& out, const std::optional<Tensor>& x_squares,

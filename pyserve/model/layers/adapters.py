@@ -8,13 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 
 from pyserve.model.adapter_weights import Pair, Target
 from pyserve.model.context import AdapterRows
 from pyserve.model.placement import Placement, Rows, Shard
-from pyserve.ops.lora import lora_expand, lora_expand_silu_mul, lora_shrink
+from pyserve.ops.lora import (
+    LinearLora,
+    linear_lora,
+    lora_expand,
+    lora_expand_silu_mul,
+    lora_shrink,
+    serves_linear_lora,
+)
 
 
 class LinearAdapters:
@@ -48,6 +56,21 @@ class LinearAdapters:
         self._columns = zeros(self.num_parts + 1, dtype=torch.int32)
         if placement.device.type != "meta":
             self._columns.copy_(torch.tensor(self._bounds, dtype=torch.int32))
+
+    def multiply(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
+        epilogue: int, rows: AdapterRows, *norm: Any,
+    ) -> bool:  # fmt: skip
+        """The whole Linear with its adapters: shrink, then ops.lora.linear_lora with its arguments
+        `norm`. Returns False, and does nothing, if that op does not serve these shapes."""
+        adapters = LinearLora(
+            rows.shrunk[self.num_parts], self._b, rows.starts, self._ranks, self._columns
+        )
+        if not serves_linear_lora(x, weight, out, epilogue, adapters):
+            return False
+        self.shrink(x, rows)
+        linear_lora(x, weight, bias, out, epilogue, adapters, *norm)
+        return True
 
     def shrink(
         self, x: torch.Tensor, rows: AdapterRows, squares: torch.Tensor | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -14,12 +14,14 @@ from pyserve.model.placement import Placement, Rows, Shard
 from pyserve.model.schemes import (
     SCHEMES,
     ActivatingScheme,
+    AdaptingScheme,
     AddingScheme,
     Dense,
     NormingScheme,
     Scheme,
     scheme_of_all,
 )
+from pyserve.ops import ADD, SILU_MUL, STORE
 
 # The signature of Linear.__call__ and Linear.add: (x, out or residual, the step's adapters).
 Apply = Callable[[torch.Tensor, torch.Tensor, AdapterRows | None], None]
@@ -73,8 +75,9 @@ class Linear:
     adapters         LoRA adapters; None without adapter slots.
 
     In a step with adapters, x A^T is always computed before x W^T, so that the kernel of the latter
-    can prefetch its weights meanwhile. The adapters' part is added to a residual before the
-    matrix's, so that the matrix's kernel sees the complete residual for a fused norm.
+    can prefetch its weights meanwhile. For few rows the matrix's kernel may add the adapters' part
+    itself. Otherwise it is added to a residual before the matrix's, so that the matrix's kernel
+    sees the complete residual for a fused norm.
     """
 
     __slots__ = (
@@ -136,7 +139,7 @@ class Linear:
         """y = x W^T + b: x [num_tokens, in_features] -> out [num_tokens, out_features]."""
         if adapters is None or self.adapters is None:
             self.matrix(x, self.bias, out)
-        else:
+        elif not self._adapted(x, out, STORE, adapters):
             self.adapters.shrink(x, adapters)
             self.matrix(x, self.bias, out)
             self.adapters.expand(adapters, out)
@@ -147,8 +150,9 @@ class Linear:
         self, x: torch.Tensor, residual: torch.Tensor, adapters: AdapterRows | None = None
     ) -> None:
         """residual [num_tokens, out_features] += y in place; requires has_add."""
-        self._add_adapters(x, residual, adapters)
-        self.matrix.add(x, self.bias, residual)  # type: ignore[attr-defined]
+        if not self._adapted(x, residual, ADD, adapters):
+            self._add_adapters(x, residual, adapters)
+            self.matrix.add(x, self.bias, residual)  # type: ignore[attr-defined]
 
     def silu_mul(
         self, x: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor,
@@ -160,7 +164,7 @@ class Linear:
         """
         if adapters is None or self.adapters is None:
             self.matrix.silu_mul(x, self.bias, gate_up, out)  # type: ignore[attr-defined]
-        else:
+        elif not self._adapted(x, out, SILU_MUL, adapters):
             self.adapters.shrink(x, adapters)
             self.matrix(x, self.bias, gate_up)
             self.adapters.expand_silu_mul(adapters, gate_up, out)
@@ -171,9 +175,10 @@ class Linear:
     ) -> None:  # fmt: skip
         """`add`, and then scaled = residual * norm_weight and squares = its sums of squares, which
         the Linear after a norm needs. Shapes as in ops.linear_add_for_norm; requires has_add."""
-        self._add_adapters(x, residual, adapters)
-        matrix: NormingScheme = self.matrix  # type: ignore[assignment]
-        matrix.add_for_norm(x, self.bias, residual, norm_weight, scaled, squares)
+        if not self._adapted(x, residual, ADD, adapters, None, 0.0, norm_weight, scaled, squares):
+            self._add_adapters(x, residual, adapters)
+            matrix: NormingScheme = self.matrix  # type: ignore[assignment]
+            matrix.add_for_norm(x, self.bias, residual, norm_weight, scaled, squares)
 
     def of_scaled(
         self, x: torch.Tensor, squares: torch.Tensor, eps: float, out: torch.Tensor,
@@ -183,7 +188,7 @@ class Linear:
         matrix: NormingScheme = self.matrix  # type: ignore[assignment]
         if adapters is None or self.adapters is None:
             matrix.of_scaled(x, self.bias, out, squares, eps)
-        else:
+        elif not self._adapted(x, out, STORE, adapters, squares, eps):
             self.adapters.shrink(x, adapters, squares, eps)
             matrix.of_scaled(x, self.bias, out, squares, eps)
             self.adapters.expand(adapters, out)
@@ -196,10 +201,21 @@ class Linear:
         matrix: NormingScheme = self.matrix  # type: ignore[assignment]
         if adapters is None or self.adapters is None:
             matrix.silu_mul_of_scaled(x, self.bias, out, squares, eps)
-        else:
+        elif not self._adapted(x, out, SILU_MUL, adapters, squares, eps):
             self.adapters.shrink(x, adapters, squares, eps)
             matrix.of_scaled(x, self.bias, gate_up, squares, eps)
             self.adapters.expand_silu_mul(adapters, gate_up, out)
+
+    def _adapted(
+        self, x: torch.Tensor, out: torch.Tensor, epilogue: int, rows: AdapterRows | None,
+        *norm: Any,
+    ) -> bool:  # fmt: skip
+        """Compute all of it, adapters included, if there are any and one kernel can do both.
+        Returns whether it was done; `norm` is that of ops.lora.linear_lora."""
+        matrix = self.matrix
+        if rows is None or self.adapters is None or not isinstance(matrix, AdaptingScheme):
+            return False
+        return self.adapters.multiply(x, matrix.stored, self.bias, out, epilogue, rows, *norm)
 
     def _add_adapters(
         self, x: torch.Tensor, residual: torch.Tensor, adapters: AdapterRows | None

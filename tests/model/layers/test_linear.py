@@ -10,13 +10,17 @@ import torch
 from safetensors.torch import save_file
 
 from pyserve.errors import ConfigError
+from pyserve.model.adapter_weights import Pair
+from pyserve.model.context import AdapterRows
 from pyserve.model.destination import Destination, Destinations, Part, finish_loading
+from pyserve.model.layers import adapters as adapters_module
 from pyserve.model.layers import linear as linear_module
 from pyserve.model.layers.embedding import Embedding
 from pyserve.model.layers.linear import Linear, Output, ShardRule
 from pyserve.model.placement import META, Placement, Rows, Shard
 from pyserve.model.schemes import Dense
 from pyserve.model.weights import CheckpointReader, bytes_to_read, index_checkpoint
+from pyserve.ops import lora, reference
 
 CPU = torch.device("cpu")
 HIDDEN, HEAD_DIM = 24, 4
@@ -251,3 +255,54 @@ def test_shapes_can_be_made_without_memory() -> None:
 def test_outputs_that_are_not_stored_alike(turned: Callable[..., Placement]) -> None:
     with pytest.raises(ConfigError, match="gate and plain, whose matrices lie together"):
         Linear([Output("gate", 8), Output("plain", 8)], HIDDEN, turned())
+
+
+def test_one_kernel_for_matrix_and_adapters_is_called_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the twin of what cards have, against shrink and expand, in all that a Linear does."""
+    torch.manual_seed(0)
+    outputs, num_rows = [Output("gate", 32), Output("up", 32)], 6
+    linear = Linear(
+        outputs, 48, place(num_adapter_slots=2, max_adapter_rank=8), has_bias=True
+    )  # fmt: skip
+    assert isinstance(linear.matrix, Dense) and linear.bias is not None
+    linear.matrix.weight.normal_()
+    linear.bias.normal_()
+    assert linear.adapters is not None
+    for slot in range(2):
+        pairs = {it.name: Pair(torch.randn(5, 48), torch.randn(32, 5), 0.5) for it in outputs}
+        linear.adapters.put(slot, pairs)
+    shrunk = torch.full((1, num_rows, 2, 8), torch.nan)
+    rows = AdapterRows(torch.tensor([1, 3, 5], dtype=torch.int32), {2: shrunk})
+    x, residual, norm_weight = torch.randn(num_rows, 48), torch.randn(num_rows, 64), torch.randn(64)
+    x_squares = torch.rand(num_rows, 3) * 90
+
+    def run() -> list[torch.Tensor]:
+        stored, added, normed, of_scaled = (residual.clone() for _ in range(4))
+        activated = [torch.full((num_rows, 32), torch.nan) for _ in range(2)]
+        scaled, squares = torch.full_like(residual, torch.nan), torch.empty(num_rows, 4)
+        room = torch.empty_like(residual)
+        linear(x, stored, rows)
+        linear.add(x, added, rows)
+        linear.add_for_norm(x, normed, norm_weight, scaled, squares, rows)
+        linear.of_scaled(x, x_squares, 1e-5, of_scaled, rows)
+        linear.silu_mul(x, room, activated[0], rows)
+        linear.silu_mul_of_scaled(x, x_squares, 1e-5, room, activated[1], rows)
+        return [stored, added, normed, scaled, squares, of_scaled, *activated]
+
+    expected, num_calls = run(), 0
+
+    def linear_lora(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
+        epilogue: int, adapters: lora.LinearLora, *norm: object,
+    ) -> None:  # fmt: skip
+        nonlocal num_calls
+        num_calls += 1
+        reference.linear_lora(x, weight, bias, out, epilogue, *adapters, *norm)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(adapters_module, "serves_linear_lora", lambda *_: True)
+    monkeypatch.setattr(adapters_module, "linear_lora", linear_lora)
+    shrunk.fill_(torch.nan)
+    torch.testing.assert_close(run(), expected, rtol=2e-5, atol=2e-5)
+    assert num_calls == 6
