@@ -4,13 +4,17 @@ Each of an 8B model's four fused matrices as a step calls it, of 16 bits and of 
 and with, in CUDA graphs over copies of the inputs that no L2 holds (gpu_timing.py). By rank, by the
 number of adapters that share the tokens, and by the number of tokens. `added` is what the second
 takes more; the floor of that is its bytes at the rate of a copy: the adapters' matrices, x once
-more, and what is added to, read and written. The last line of each load sums up a model of 32
-layers. Norms are calls of their own here and are left out. Of a server: bench.gpu_adapters.
+more, and what is added to, read and written. For up to 8 tokens there is also what each half adds
+without the other: shrink in front of the product, and expand, inside the product's kernel where
+that serves it (ops.lora.linear_lora). The last line of each load sums up a model of 32 layers.
+Norms are calls of their own here and are left out. Of a server: bench.gpu_adapters.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -19,6 +23,7 @@ from bench.gpu_timing import copy_us, time_sets
 from bench.report import format_table
 from pyserve.model.adapter_weights import Pair
 from pyserve.model.context import AdapterRows
+from pyserve.model.layers import adapters as adapters_module
 from pyserve.model.layers.linear import Linear, Output
 from pyserve.model.placement import Placement
 from pyserve.model.quantization import Quantization
@@ -86,6 +91,11 @@ class Layer:
     def adapted(self) -> None:
         self._run(self._rows)
 
+    def shrink_only(self) -> None:
+        assert self._linear.adapters is not None
+        self._linear.adapters.shrink(self._x, self._rows)
+        self._run(None)
+
     def _run(self, rows: AdapterRows | None) -> None:
         if self._call == "qkv":
             self._linear(self._x, self._out, rows)
@@ -95,11 +105,19 @@ class Layer:
             self._linear.add(self._x, self._out, rows)
 
 
+class Times(NamedTuple):
+    """us without adapters, and what is added: by both halves, and by each alone for few tokens."""
+
+    plain: float
+    added: float
+    shrink: float | None = None
+    expand: float | None = None
+
+
 def measure(
     bits: int, name: str, num_tokens: int, num_adapters: int, size: int, max_rank: int,
     seconds: float,
-) -> tuple[float, float]:  # fmt: skip
-    """us without adapters, and what is added."""
+) -> Times:  # fmt: skip
     columns, k = PARTS[name]
     n = sum(columns)
     num_bytes = bits * n * k // 8 + 2 * num_tokens * (n + k)
@@ -107,7 +125,14 @@ def measure(
     load = num_tokens, num_adapters, size, max_rank
     layers = [Layer(bits, name, *load) for _ in range(num_sets)]
     plain = time_sets([layer.plain for layer in layers], seconds).us
-    return plain, time_sets([layer.adapted for layer in layers], seconds).us - plain
+    adapted = [layer.adapted for layer in layers]
+    added = time_sets(adapted, seconds).us - plain
+    if num_tokens > lora.MAX_LINEAR_ROWS:
+        return Times(plain, added)
+    shrink = time_sets([layer.shrink_only for layer in layers], seconds).us - plain
+    with patch.object(adapters_module, "lora_shrink", lambda *_: None):
+        expand = time_sets(adapted, seconds).us - plain
+    return Times(plain, added, shrink, expand)
 
 
 def added_bytes(name: str, num_tokens: int, num_adapters: int, size: int) -> int:
@@ -126,22 +151,31 @@ def main() -> None:
     source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
     bytes_per_us = 2 * source.nbytes / copy_us(torch.empty_like(source), source)
     rows = [["bits", "tokens", "adapters", "rank", "of", "matrix", "without us", "added us",
-             "floor us", "added"]]  # fmt: skip
+             "floor us", "added", "shrink us", "expand us"]]  # fmt: skip
     for bits, load in ((bits, load) for bits, loads in LOADS.items() for load in loads):
         words = [str(it) for it in (bits, *load)]
-        sums = [0.0, 0.0, 0.0]
-        for name in PARTS:
-            floor = added_bytes(name, *load[:3]) / bytes_per_us
-            times = *measure(bits, name, *load, seconds), floor
-            sums = [total + us for total, us in zip(sums, times, strict=True)]
-            rows.append([*words, name, *_shown(*times)])
-        rows.append([*words, "32 layers", *_shown(*(NUM_LAYERS * us for us in sums))])
+        floors = [added_bytes(name, *load[:3]) / bytes_per_us for name in PARTS]
+        times = [measure(bits, name, *load, seconds) for name in PARTS]
+        for name, own, floor in zip(PARTS, times, floors, strict=True):
+            rows.append([*words, name, *_shown(own, floor)])
+        rows.append([*words, "32 layers", *_shown(_layers(times), NUM_LAYERS * sum(floors))])
     print(format_table(rows))
 
 
-def _shown(plain_us: float, added_us: float, floor_us: float) -> list[str]:
+def _layers(times: list[Times]) -> Times:
+    halves = [
+        None if None in own else NUM_LAYERS * sum(us for us in own if us is not None)
+        for own in ([it.shrink for it in times], [it.expand for it in times])
+    ]
+    plain, added = sum(it.plain for it in times), sum(it.added for it in times)
+    return Times(NUM_LAYERS * plain, NUM_LAYERS * added, *halves)
+
+
+def _shown(times: Times, floor_us: float) -> list[str]:
+    halves = ["" if us is None else f"{us:,.1f}" for us in (times.shrink, times.expand)]
     return [
-        f"{plain_us:,.1f}", f"{added_us:,.1f}", f"{floor_us:,.1f}", f"{added_us / plain_us:+.1%}"
+        f"{times.plain:,.1f}", f"{times.added:,.1f}", f"{floor_us:,.1f}",
+        f"{times.added / times.plain:+.1%}", *halves,
     ]  # fmt: skip
 
 

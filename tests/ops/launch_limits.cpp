@@ -140,9 +140,13 @@ void launch_lora_linears() {
   l.b_stride = 16, l.b_slot_stride = 6144 * 16, l.num_rows = 6144;
   for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16}) {
     for (Epilogue epilogue : {Epilogue::kStore, Epilogue::kAdd, Epilogue::kSiluMul}) {
-      for (int64_t m = 1; m <= 8; ++m) {
-        p.dtype = dtype, p.epilogue = epilogue, p.m = l.rows.num_tokens = m;
-        require(launch_linear_lora(params, nullptr), "linear_lora", m, 0);
+      for (int group_size : {0, 32, 64, 128}) {
+        if (group_size != 0 && capability != 90) continue;
+        for (int64_t m = 1; m <= 8; ++m) {
+          p.dtype = dtype, p.epilogue = epilogue, p.m = l.rows.num_tokens = m;
+          params.group_size = group_size;
+          require(launch_linear_lora(params, nullptr), "linear_lora", m, group_size);
+        }
       }
     }
   }

@@ -35,7 +35,7 @@ SMEM_LIMITS = {arch: block * 1024 for arch, (_, block, _) in CARDS.items()}
 CHOOSY = (
     "linear_dispatch", "linear_linear", "linear_few_rows_sm90a", "linear_gemm_sm90a",
     "linear_few_rows_w4a16", "linear_few_rows_w4a16_sm90a", "linear_gemm_w4a16_sm90a",
-    "linear_few_rows_lora",
+    "linear_few_rows_lora", "linear_few_rows_w4a16_lora_sm90a",
     "linear_few_rows_fp8", "linear_gemm_w8a8_sm90a", "experts_route", "experts_grouped",
     "experts_grouped_few_rows",
     "experts_grouped_few_rows_fp8", "experts_grouped_few_rows_sm90a", "experts_grouped_gemm_sm90a",

@@ -27,6 +27,19 @@ PROGRAMS = {  # the kernels' files, and rounds that are enough
         ),
         8,
     ),
+    "few_rows_w4a16_lora": (
+        (
+            "lora/lora.h",
+            "linear/linear_lora.h",
+            "lora/segments.cuh",
+            "linear/few_rows.cuh",
+            "linear/few_rows_lora.cuh",
+            "linear/w4a16_words.cuh",
+            "linear/few_rows_w4a16.cuh",
+            "linear/few_rows_w4a16_lora.cuh",
+        ),
+        2,
+    ),
     "few_rows_w4a16": (
         ("linear/few_rows.cuh", "linear/w4a16_words.cuh", "linear/few_rows_w4a16.cuh"),
         1,

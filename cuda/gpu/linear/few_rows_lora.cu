@@ -1,5 +1,6 @@
 // linear_lora with plain numbers: the tile sizes of few_rows_lora.cuh for all devices, as linear.cu
-// has them, and the choice of kernel. 2 to 4 rows take the tiling of 8.
+// has them, and the choice of kernel. 2 to 4 rows take the tiling of 8. With 4-bit integers only
+// Hopper has a kernel (few_rows_w4a16_lora_sm90a.cu).
 #include "gpu/linear/few_rows_lora.cuh"
 
 #include "gpu/linear/dispatch.h"
@@ -34,12 +35,21 @@ bool is_served(const LinearLoraParams& params) {
          reinterpret_cast<uintptr_t>(l.shrunk.data) % 16 == 0 && strides % 4 == 0;
 }
 
+bool can_w4a16(const LinearLoraParams& params, const Device& device) {
+  const LinearParams& p = params.linear;
+  if constexpr (kHasSm90a) {
+    return device.is_hopper() && (p.epilogue != Epilogue::kSiluMul || p.n % kStripRows == 0) &&
+           fits_linear_w4a16_lora_sm90a(params, device);
+  }
+  return false;
+}
+
 }  // namespace
 
 bool can_linear_lora(const LinearLoraParams& params, const Device& device) {
   const LinearParams& p = params.linear;
   if (!is_served(params)) return false;
-  if (params.group_size != 0) return false;
+  if (params.group_size != 0) return can_w4a16(params, device);
   if (p.k % kVec != 0 || p.weight_stride % kVec != 0 ||
       choose_linear(p, device) != LinearKernel::kFewRows) {
     return false;
@@ -60,6 +70,9 @@ cudaError_t launch_linear_lora(const LinearLoraParams& params, cudaStream_t stre
   const Device* device = nullptr;
   if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
   if (!can_linear_lora(params, *device)) return cudaErrorInvalidValue;
+  if constexpr (kHasSm90a) {
+    if (params.group_size != 0) return launch_linear_w4a16_lora_sm90a(params, *device, stream);
+  }
   return dispatch_half(p.dtype, [&]<class T>(T) {
     return dispatch_epilogue(p.epilogue, [&](auto epilogue) {
       return with_tiling(p.m, *device, [&]<class Tile>(Tile) {

@@ -100,13 +100,14 @@ struct W4Work {
   int x_slots;       // slots per warp, each for one piece of x
   bool is_x_kept;    // whether each of the warp's pieces has a slot
 
+  // `reserved` bytes of the room for x are left free.
   template <class Tile>
-  static W4Work of(const LinearParams& p, int num_ctas, Tile) {
+  static W4Work of(const LinearParams& p, int num_ctas, Tile, int reserved = 0) {
     const int num_strips = static_cast<int>((p.n + kStripRows - 1) / kStripRows);
     const int num_pieces = static_cast<int>((p.k + Tile::kDepth - 1) / Tile::kDepth);
     const int num_steps = (num_pieces + Tile::kWarps - 1) / Tile::kWarps;
     const int64_t x_bytes = int64_t{Tile::kWarps} * num_steps * p.m * Tile::kTokenBytes;
-    const bool is_x_kept = x_bytes <= Tile::kXBytes;
+    const bool is_x_kept = x_bytes <= Tile::kXBytes - reserved;
     return {num_strips / num_ctas, num_strips % num_ctas, num_pieces,
             is_x_kept ? num_steps : Tile::kStages, is_x_kept};
   }
@@ -276,6 +277,15 @@ class W4Fetcher {
               threadIdx.x % kWarpSize * 16;
   }
 
+  // Whether the next piece is the warp's last one of columns [column(), column_end(n)) of out.
+  __device__ __forceinline__ bool is_last() const {
+    return strip_ < strip_end_ && piece_ + Tile::kWarps >= num_pieces_;
+  }
+  __device__ __forceinline__ int column() const { return strip_ * static_cast<int>(kStripRows); }
+  __device__ __forceinline__ int column_end(int n) const {
+    return min(n, min(strip_ + kStep, strip_end_) * static_cast<int>(kStripRows));
+  }
+
   // Starts to copy a piece, if there is one left, and moves on to the next. It always commits a
   // group of copies, so that waits can count groups.
   __device__ __forceinline__ void fetch(int stage, bool has_weight, bool has_x) {
@@ -325,12 +335,14 @@ class W4Fetcher {
   uint32_t x_to_;  // where this lane's 16 bytes of x go within a slot
 };
 
-// m <= kTokens and k > 0; n and k fit an int; p.weight is as launch_linear_w4a16 describes it.
-template <class T, Epilogue kEpilogue, class Tile>
+// m <= kTokens and k > 0; n and k fit an int; p.weight is as launch_linear_w4a16 describes it;
+// `given` is that of linear_kernel.
+template <class T, Epilogue kEpilogue, class Tile, class... Given>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
-    linear_w4a16_kernel(LinearParams p, W4Work work) {
+    linear_w4a16_kernel(LinearParams p, W4Work work, Given... given) {
   using Fetcher = W4Fetcher<kEpilogue, Tile>;
   using Rows = RowTile<kEpilogue, Tile::kRows>;
+  using Adapters = typename AdaptersOf<T, Rows, Tile, Given...>::Type;
   extern __shared__ __align__(128) unsigned char dynamic_smem[];
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int num_tokens = static_cast<int>(p.m), n = static_cast<int>(p.n);
@@ -344,14 +356,32 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const uint32_t slots = smem_address(dynamic_smem) + Tile::kRingBytes + Tile::kSumBytes +
                          Tile::kFactorBytes + warp * work.x_slots * slot_bytes;
 
+  Adapters adapters(given..., n, dynamic_smem + Tile::kSmem - Tile::kXBytes +
+                                     Tile::kWarps * work.x_slots * slot_bytes);
+
   Fetcher fetcher(p, work, first, strip_end, smem_address(ring), slots);
+  if constexpr (Adapters::kIsThere) {
+    adapters.ask();
+    const int last = max(0, work.num_pieces - 1 - warp) / Tile::kWarps;  // which B comes with
 #pragma unroll 1
-  for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetcher.fetch(stage, true, false);
+    for (int stage = 0; stage < Tile::kStages; ++stage) {
+      if (stage == min(last, Tile::kStages - 1)) adapters.look();
+      if (stage == Tile::kStages - 1) continue;
+      if (fetcher.is_last()) {
+        adapters.copy(fetcher.column(), fetcher.column_end(n), min(Tile::kWarps, work.num_pieces));
+      }
+      fetcher.fetch(stage, true, false);
+    }
+  } else {
+#pragma unroll 1
+    for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetcher.fetch(stage, true, false);
+  }
   pdl_wait();
   pdl_launch_dependents();
   fetcher.begin(first);
 #pragma unroll 1
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) fetcher.fetch(stage, false, true);
+  if constexpr (Adapters::kIsThere) adapters.fill();
   for (int token = warp; token < num_tokens; token += Tile::kWarps) {
     const float factor = norm_factor(p, token);  // read only behind the first strips' barrier
     if (lane == 0) factors[token] = factor;
@@ -390,6 +420,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       cp_async_wait<Tile::kStages - 2>();
       // All lanes' copies have landed, and all lanes have read the stage that is refilled now.
       __syncwarp();
+      if constexpr (Adapters::kIsThere) {
+        if (fetcher.is_last()) {
+          adapters.copy(fetcher.column(), fetcher.column_end(n),
+                        min(Tile::kWarps, work.num_pieces));
+        }
+      }
       fetcher.fetch(stage == 0 ? Tile::kStages - 1 : stage - 1, true, true);
       const int slot = work.is_x_kept ? piece / Tile::kWarps : stage;
       multiply_piece<T, Tile>(ring + stage * Tile::kStageBytes, lane_x, slot * slot_bytes, sums);
@@ -406,14 +442,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
       for (int i = 0; i < kResults; ++i) {
         finish_result<T, kEpilogue, Tile>(p, results[i], pass_sums, pass * Tile::kPassTokens,
-                                          factors, column0 + results[i].row);
+                                          factors, column0 + results[i].row, adapters);
       }
       buffer = (buffer + 1) % Tile::kBuffers;
     }
     place = (place + kWarpSize) % Tile::kThreads;  // results go to other warps for each strip
+    if constexpr (Adapters::kIsThere) adapters.turn();
   }
   cp_async_wait<0>();
 }
+
+// Hopper's tilings, for up to 8 rows and for up to 16. Rings of 60 to 108 KB; all stages but one are
+// in flight.
+template <int kGroupSize>
+using W4DeepSm90a = W4Tiling<kGroupSize, 1, kGroupSize == 32 ? 5 : 6, 227>;
+template <int kGroupSize>
+using W4WideSm90a = W4Tiling<kGroupSize, 2, kGroupSize == 32 ? 3 : 4, 227>;
 
 // Calls fn(std::integral_constant<int, ...>{}).
 template <class Fn>

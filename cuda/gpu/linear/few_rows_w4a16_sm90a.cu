@@ -7,21 +7,15 @@
 #include "gpu/linear/few_rows_w4a16.cuh"
 
 namespace pyserve::gpu {
-namespace {
 
-// Rings of 60 to 108 KB; all stages but one are in flight.
-template <int kGroupSize>
-using Deep = W4Tiling<kGroupSize, 1, kGroupSize == 32 ? 5 : 6, 227>;
-template <int kGroupSize>
-using Wide = W4Tiling<kGroupSize, 2, kGroupSize == 32 ? 3 : 4, 227>;
-static_assert(Wide<128>::kTokens == kMaxW4RowsSm90a);
-
-}  // namespace
+static_assert(W4WideSm90a<128>::kTokens == kMaxW4RowsSm90a);
 
 cudaError_t launch_linear_w4a16_sm90a(const LinearParams& p, int64_t group_size,
                                       const Device& device, cudaStream_t stream) {
-  if (p.m > Deep<128>::kTokens) return launch_w4a16_as<Wide>(p, group_size, device.num_sms, stream);
-  return launch_w4a16_as<Deep>(p, group_size, device.num_sms, stream);
+  if (p.m > W4DeepSm90a<128>::kTokens) {
+    return launch_w4a16_as<W4WideSm90a>(p, group_size, device.num_sms, stream);
+  }
+  return launch_w4a16_as<W4DeepSm90a>(p, group_size, device.num_sms, stream);
 }
 
 }  // namespace pyserve::gpu

@@ -32,4 +32,10 @@ bool can_linear_lora(const LinearLoraParams& params, const Device& device);
 // cudaErrorInvalidValue where can_linear_lora is false.
 cudaError_t launch_linear_lora(const LinearLoraParams& params, cudaStream_t stream);
 
+// In few_rows_w4a16_lora_sm90a.cu, which exists only in builds for sm_90a: 1 to 8 rows with 4-bit
+// integers. With kSiluMul n is a multiple of 16.
+bool fits_linear_w4a16_lora_sm90a(const LinearLoraParams& params, const Device& device);
+cudaError_t launch_linear_w4a16_lora_sm90a(const LinearLoraParams& params, const Device& device,
+                                           cudaStream_t stream);
+
 }  // namespace pyserve::gpu
