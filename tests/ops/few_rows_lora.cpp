@@ -107,9 +107,9 @@ int check_all(int num_rounds) {
       num_run += wrong[epilogue] >= 0;
       if (wrong[epilogue] <= 0) continue;
       ++num_bad;
-      std::printf("%s, %d weight rows, %d tokens, epilogue %d, m %d, n %d, k %d, %d SMs: %d wrong\n",
-                  std::is_same_v<T, __half> ? "float16" : "bfloat16", Tile::kRows, Tile::kTokens,
-                  epilogue, shape.m, shape.n, shape.k, shape.num_sms, wrong[epilogue]);
+      std::printf("%s, %d tokens, epilogue %d, m %d, n %d, k %d, %d SMs: %d wrong\n",
+                  std::is_same_v<T, __half> ? "float16" : "bfloat16", Tile::kTokens, epilogue,
+                  shape.m, shape.n, shape.k, shape.num_sms, wrong[epilogue]);
       machine::end_if_expected();
     }
   }
@@ -149,7 +149,9 @@ int check_rows() {
     launch_lora_tiled<T, Epilogue::kStore, Tiling<1, 10, 1>>(one, own, 3, nullptr);
     for (int i = 0; i < kRows; ++i) num_bad += alone[i].bits != together[token * kRows + i].bits;
   }
-  if (num_bad != 0) std::printf("%d tokens: %d bits depend on other rows\n", Tile::kTokens, num_bad);
+  if (num_bad != 0) {
+    std::printf("%d tokens: %d results depend on other rows\n", Tile::kTokens, num_bad);
+  }
   return num_bad;
 }
 

@@ -27,7 +27,7 @@ bool is_served(const LinearLoraParams& params) {
   const LinearParams& p = params.linear;
   const LinearLora& l = params.lora;
   const int64_t strides = l.shrunk.split_stride | l.shrunk.stride | l.shrunk.part_stride;
-  return p.m >= 1 && p.m <= kMaxLoraTokens && p.k > 0 && p.k < kLimit && p.n < kLimit &&
+  return p.m >= 1 && p.m <= kMaxLoraTokens && p.k > 0 && p.k < kLimit && p.n > 0 && p.n < kLimit &&
          l.rows.num_slots >= 1 && l.rows.num_parts >= 1 && l.rows.num_parts <= kMaxLoraParts &&
          l.rows.max_rank >= 1 && l.rows.max_rank <= kMaxLoraRank && l.rows.max_rank % kVec == 0 &&
          is_vec_aligned(p.x, p.x_stride) && is_vec_aligned(p.weight, 0) &&

@@ -17,8 +17,8 @@
 //   copied once, for the first of its tokens (the leader; an adapter's tokens are neighbours).
 // - fill() reads what was shrunk behind the wait for the kernel in front and behind the copies of
 //   x, and adds up its splits. The first group's barrier makes it visible to all threads.
-// - sum_of() is called by the thread that finishes a result, behind the group's own barrier. It is
-//   a plain loop over r, which costs a tensor core's time nothing and no token another's work.
+// - sum_of() is called by the thread that finishes a result, behind the barrier that the group has
+//   anyway. It is a loop over r for one token and one row, without tensor cores.
 //
 // Buffers: a warp may copy rows of B for the groups that its ring reaches ahead, and for the one in
 // work. A slower warp may still read the group before. Hence there are two buffers more than the

@@ -452,8 +452,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   cp_async_wait<0>();
 }
 
-// Hopper's tilings, for up to 8 rows and for up to 16. Rings of 60 to 108 KB; all stages but one are
-// in flight.
+// Hopper's tilings, for up to 8 rows and for up to 16. Their rings take 60 to 108 KB, and all
+// stages but one are in flight.
 template <int kGroupSize>
 using W4DeepSm90a = W4Tiling<kGroupSize, 1, kGroupSize == 32 ? 5 : 6, 227>;
 template <int kGroupSize>
