@@ -113,14 +113,14 @@ struct W4Work {
   }
 
   // Dynamic shared memory. On Hopper no more than is used, so that the small kernels of a chain can
-  // start beside a CTA, but by rule 5 of pdl.cuh too much for two CTAs on an SM.
+  // start beside a CTA, but by rule 5 of pdl.cuh too much for two CTAs on an SM. room_bytes: of
+  // adapters, behind the rest.
   template <class Tile>
-  size_t smem_bytes(const LinearParams& p, Tile) const {
-    constexpr size_t kMostOfTwo = 113 * 1024;
+  int smem_bytes(const LinearParams& p, int room_bytes, Tile) const {
+    constexpr int kMostOfTwo = 113 * 1024;
     if (Tile::kSmem <= kMostOfTwo) return Tile::kSmem;
-    const size_t used = Tile::kSmem - Tile::kXBytes +
-                        static_cast<size_t>(Tile::kWarps * x_slots * p.m * Tile::kTokenBytes);
-    return std::max(used, kMostOfTwo + 1024);
+    const int x_bytes = Tile::kWarps * x_slots * static_cast<int>(p.m) * Tile::kTokenBytes;
+    return std::max(kMostOfTwo + 1024, Tile::kSmem - Tile::kXBytes + x_bytes + room_bytes);
   }
 };
 
@@ -480,7 +480,7 @@ cudaError_t launch_w4a16_tiled(const LinearParams& p, int num_sms, cudaStream_t 
   const int num_ctas = static_cast<int>(std::min<int64_t>(num_strips, num_sms));
   const W4Work work = W4Work::of(p, num_ctas, Tile{});
   return launch_chained(kKernel, static_cast<unsigned>(num_ctas), Tile::kThreads,
-                        work.smem_bytes(p, Tile{}), stream, p, work);
+                        static_cast<size_t>(work.smem_bytes(p, 0, Tile{})), stream, p, work);
 }
 
 // Launches with the tiling that Tilings has for the group size.

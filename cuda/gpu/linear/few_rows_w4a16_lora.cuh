@@ -20,7 +20,6 @@ struct W4LoraPlan {
 
   W4LoraPlan(const LinearParams& p, const LinearLora& lora, int num_sms) {
     constexpr int kStep = W4Fetcher<kEpilogue, Tile>::kStep;
-    constexpr int kLeast = 120 * 1024;  // more than half of what an SM has: rule 5 of pdl.cuh
     const int num_strips = static_cast<int>((p.n + kStripRows - 1) / kStripRows);
     num_ctas = std::min(num_strips, num_sms);
     const int max_strips = (num_strips + num_ctas - 1) / num_ctas;
@@ -28,8 +27,7 @@ struct W4LoraPlan {
     room = LoraRoom::of(lora.rows, (max_strips + kStep - 1) / kStep,
                         std::max(1, num_pieces / Tile::kWarps), Tile{});
     work = W4Work::of(p, num_ctas, Tile{}, room.end);
-    const int x_bytes = Tile::kWarps * work.x_slots * static_cast<int>(p.m) * Tile::kTokenBytes;
-    num_bytes = std::max(kLeast, Tile::kSmem - Tile::kXBytes + x_bytes + room.end);
+    num_bytes = work.smem_bytes(p, room.end, Tile{});
   }
 
   bool fits() const { return num_bytes <= Tile::kSmem; }
