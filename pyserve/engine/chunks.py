@@ -22,6 +22,9 @@ MIN_SAMPLE = 128  # tokens of a step; a smaller one says too little about the co
 # small second step costs more for each token.
 ALONE_S = 0.25
 WEIGHT = 0.25  # of the newest step in the moving averages, where it is a full one
+# Of a step whose tokens cost less than the average. Pauses make steps longer, never shorter, so a
+# good rate can be trusted sooner.
+WEIGHT_OF_BETTER = 0.5
 # The later tokens of a prompt attend to more keys, so each chunk of a long prompt is slower than
 # the one before it and an average lags behind. The next cost is extrapolated from the last two, but
 # never beyond this multiple of the average: a pause of the process must not stop prompts.
@@ -71,7 +74,7 @@ class ChunkPacer:
         The last few tokens of a prompt cost more each than those of a full step do. If they counted
         as much, the limit would fall below what a full step may have, the next prompt would be cut
         again, and its last tokens would keep the limit there. A rate that is better than the
-        average counts in full whatever the step: a larger one only improves on it.
+        average counts whatever the size of the step, as a larger one only improves on it.
         """
         if fullness >= 0.5:
             rise_s = max(token_s - self._newest_s, 0.0) if self._newest_s else 0.0
@@ -79,7 +82,7 @@ class ChunkPacer:
         else:
             self._newest_s = self._expected_s = 0.0
         is_better = self._token_s is not None and token_s < self._token_s
-        weight = WEIGHT if is_better else WEIGHT * fullness
+        weight = WEIGHT_OF_BETTER if is_better else WEIGHT * fullness
         self._token_s = _blend(self._token_s, token_s, weight)
 
     def _tokens_in(self, duration_s: float) -> int:
