@@ -115,6 +115,13 @@ class LoraLookup {
     return is_there ? part : -1;
   }
 
+  // Whether all rows of weight are of one part, or all of gate of one and all of up of another.
+  __device__ __forceinline__ bool has_fixed_parts(int n, bool is_paired) const {
+    const int num_parts = is_paired ? 2 : 1, num_rows = is_paired ? 2 * n : n;
+    return rows_.num_parts == num_parts && bounds_[0] == 0 && bounds_[num_parts] == num_rows &&
+           (!is_paired || bounds_[1] == n);
+  }
+
   __device__ __forceinline__ const LoraTable& table() const { return table_; }
 
  private:
@@ -172,19 +179,31 @@ class Lora {
     const uint32_t to = smem_address(smem_) + ahead_ * room_.buffer_bytes;
     advance(ahead_);
     const int count = static_cast<int>(l_.rows.num_tokens) * Tile::kRows << room_.log2_chunks;
+    const bool is_one_each = count <= num_warps * kWarpSize && who_.has_fixed_parts(n_, Rows::kIsPaired);
+    if (is_one_each && own_.bytes >= 0) {  // a lane has the same chunk of the same row in each group
+      if (own_.bytes > 0 && own_.column < end - column) {
+        cp_async_some(to + own_.to, own_.from + column * l_.b_stride, own_.bytes);
+      }
+      return;
+    }
+    if (is_one_each) own_.bytes = 0;
 #pragma unroll 1
     for (int i = threadIdx.x; i < count; i += num_warps * kWarpSize) {
       const int chunk = i & ((1 << room_.log2_chunks) - 1), place = i >> room_.log2_chunks;
       const int row = place % Tile::kRows, token = place / Tile::kRows;
       const bool is_up = Rows::kIsPaired && row >= Rows::kColumns;
-      const int weight_row = is_up ? n_ + column + row - Rows::kColumns : column + row;
-      const int part = who_.part_of(weight_row);
-      if (own.leaders[token] != token || row % Rows::kColumns >= end - column || part < 0) continue;
+      const int tile_column = row % Rows::kColumns;
+      const int weight_row = column + tile_column + (is_up ? n_ : 0);
+      const int part = is_one_each ? is_up : who_.part_of(weight_row);
+      if (own.leaders[token] != token || part < 0) continue;
       const int left = own.ranks[token][part] - chunk * kVec;
       if (left <= 0) continue;
       const T* from = static_cast<const T*>(l_.b) + own.slots[token] * l_.b_slot_stride +
                       weight_row * l_.b_stride + chunk * kVec;
-      cp_async_some(to + offset(place, chunk), from, min(16, 2 * left));
+      const Copy own_copy{from - column * l_.b_stride, offset(place, chunk), min(16, 2 * left),
+                          tile_column};
+      if (is_one_each) own_ = own_copy;
+      if (tile_column < end - column) cp_async_some(to + own_copy.to, from, own_copy.bytes);
     }
   }
 
@@ -215,25 +234,29 @@ class Lora {
     }
   }
 
-  // Behind a group's barrier: what is added to the sum of a token and this row of the tile.
+  // Behind a group's barrier: what is added to the sum of a token and this row of the tile. The
+  // first 16 of r are loaded without a branch: all loads are on their way together, and those for a
+  // row of gate beside those for its row of up.
   __device__ __forceinline__ float sum_of(int token, int row, int weight_row) const {
     const LoraTable& own = who_.table();
     const int part = who_.part_of(weight_row);
     const int rank = part < 0 ? 0 : own.ranks[token][part];
     const uint32_t b = smem_address(smem_) + buffer_ * room_.buffer_bytes;
     const int place = own.leaders[token] * Tile::kRows + row;
-    uint32_t x = smem_address(smem_) + room_.terms +
-                 ((token * l_.rows.num_parts + part) << room_.log2_chunks) * kVec * 4;
-    float sum = 0.0f;
-#pragma unroll 2
-    for (int chunk = 0; chunk * kVec < rank; ++chunk, x += kVec * 4) {
-      const uint4 low = load_shared(x), high = load_shared(x + 16);
-      const uint32_t factors[kVec] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-      float values[kVec];
-      unpack<T>(load_shared(b + offset(place, chunk)), values);
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) sum = fmaf(__uint_as_float(factors[i]), values[i], sum);
-    }
+    const uint32_t x = smem_address(smem_) + room_.terms +
+                       ((token * l_.rows.num_parts + max(part, 0)) << room_.log2_chunks) * kVec * 4;
+    const auto load = [&](int chunk, bool is_there) -> Chunk {
+      const int own_chunk = is_there ? chunk : 0;
+      Chunk loaded{load_shared(b + offset(place, own_chunk)),
+                   load_shared(x + own_chunk * kVec * 4),
+                   load_shared(x + own_chunk * kVec * 4 + 16)};
+      if (!is_there) loaded = {};  // what stands there may be no number
+      return loaded;
+    };
+    const Chunk first = load(0, rank > 0), second = load(1, rank > kVec);
+    float sum = second.added_to(first.added_to(0.0f));
+#pragma unroll 1
+    for (int chunk = 2; chunk * kVec < rank; ++chunk) sum = load(chunk, true).added_to(sum);
     return sum;
   }
 
@@ -241,6 +264,28 @@ class Lora {
   __device__ __forceinline__ void turn() { advance(buffer_); }
 
  private:
+  // A copy of 16 bytes that a lane starts in each group of rows.
+  struct Copy {
+    const T* from;    // for a group that begins at column 0
+    uint32_t to = 0;  // in a buffer
+    int bytes = -1;   // -1: not worked out yet
+    int column = 0;   // of the tile
+  };
+
+  // 8 of r: of a row of B, and of what was shrunk.
+  struct Chunk {
+    uint4 b, low, high;
+
+    __device__ __forceinline__ float added_to(float sum) const {
+      const uint32_t factors[kVec] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+      float values[kVec];
+      unpack<T>(b, values);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) sum = fmaf(__uint_as_float(factors[i]), values[i], sum);
+      return sum;
+    }
+  };
+
   // Where a chunk lies in a buffer. place: a leader's row, [num_tokens, kRows]. The swizzle puts
   // the same chunk of 8 rows into different banks.
   __device__ __forceinline__ uint32_t offset(int place, int chunk) const {
@@ -262,6 +307,7 @@ class Lora {
   int n_;
   unsigned char* smem_;
   int ahead_ = 0, buffer_ = 0;  // of the groups that are copied and finished next
+  Copy own_{nullptr};
   LoraLookup who_;
 };
 
