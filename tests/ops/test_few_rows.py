@@ -23,6 +23,7 @@ PROGRAMS = {  # the kernels' files, and rounds that are enough
             "linear/linear_lora.h",
             "lora/segments.cuh",
             "linear/few_rows.cuh",
+            "linear/few_rows_shrink.cuh",
             "linear/few_rows_lora.cuh",
         ),
         8,

@@ -19,6 +19,8 @@
 //   x, and adds up its splits. The first group's barrier makes it visible to all threads.
 // - sum_of() is called by the thread that finishes a result, behind the barrier that the group has
 //   anyway. It is a loop over r for one token and one row, without tensor cores.
+// - The first product of the linear that reads the result may be begun here: few_rows_shrink.cuh.
+//   Its sums of 132 CTAs are then the splits that fill() adds up.
 //
 // Buffers: a warp may copy rows of B for the groups that its ring reaches ahead, and for the one in
 // work. A slower warp may still read the group before. Hence there are two buffers more than the
@@ -30,14 +32,11 @@
 #pragma once
 
 #include "gpu/linear/few_rows.cuh"
+#include "gpu/linear/few_rows_shrink.cuh"
 #include "gpu/linear/linear_lora.h"
 #include "gpu/lora/segments.cuh"
 
 namespace pyserve::gpu {
-
-constexpr int kMaxLoraTokens = 8;
-constexpr int kMaxLoraParts = 4;  // of a linear; those that exist have up to 3
-constexpr int kMaxLoraRank = 512;
 
 // What a warp knows of the adapters. Tokens without one have rank 0 in all parts.
 struct LoraTable {
@@ -50,7 +49,8 @@ struct LoraTable {
 struct LoraRoom {
   int log2_chunks;  // room for a row of B, in units of 16 bytes
   int num_buffers, buffer_bytes;
-  int terms, tables, end;  // terms: what was shrunk, float32 [num_tokens, num_parts, room of rank]
+  int terms, tables;  // terms: what was shrunk, float32 [num_tokens, num_parts, room of rank]
+  int values, end;    // values: of few_rows_shrink.cuh
 
   // max_groups: the most groups of rows that a CTA has. min_pieces: the fewest pieces of k that a
   // warp with any has in each of them.
@@ -63,8 +63,8 @@ struct LoraRoom {
     room.buffer_bytes = num_tokens * Tile::kRows * 16 << room.log2_chunks;
     room.terms = room.num_buffers * room.buffer_bytes;
     room.tables = room.terms + (num_tokens * rows.num_parts * kVec * 4 << room.log2_chunks);
-    room.end = room.tables + Tile::kWarps * static_cast<int>(sizeof(LoraTable));
-    room.end = (room.end + 15) / 16 * 16;
+    room.values = room.tables + Tile::kWarps * static_cast<int>(sizeof(LoraTable));
+    room.end = (room.values + 2 * num_tokens * Tile::kRows * 4 + 15) / 16 * 16;
     return room;
   }
 };
@@ -156,7 +156,36 @@ class LoraLookup {
   int bounds_[kMaxLoraParts + 1] = {};  // as `columns`; parts that do not exist have no rows
 };
 
-// What a kernel for few rows calls in its course. All threads call ask, look, fill and turn.
+// Many splits are shared out among the lanes of 2^kLog2Lanes threads, which then have all loads on
+// their way at once, with fewer registers than would keep the kernel in front off the SM.
+constexpr int kLog2Lanes = 4, kLoads = 9;  // enough for 144 splits
+
+// The sum over the splits of four floats at `from`: in their order over those of this lane, which is
+// one of the 2^log2_lanes that share them, then over the lanes. All lanes of a warp call this.
+__device__ __forceinline__ float4 sum_of_splits(const float* from, const LoraShrunk& shrunk,
+                                                int lane, int log2_lanes, bool is_there) {
+  float4 sum{};
+  for (int split = lane; is_there && split < shrunk.num_splits; split += kLoads << log2_lanes) {
+    float4 fours[kLoads] = {};
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int own = split + (i << log2_lanes);
+      if (own >= shrunk.num_splits) continue;
+      fours[i] = *reinterpret_cast<const float4*>(from + own * shrunk.split_stride);
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      sum = {sum.x + fours[i].x, sum.y + fours[i].y, sum.z + fours[i].z, sum.w + fours[i].w};
+    }
+  }
+  if (log2_lanes == 0) return sum;
+  constexpr int kLanes = 1 << kLog2Lanes;
+  return {lane_sum<kLanes>(sum.x), lane_sum<kLanes>(sum.y), lane_sum<kLanes>(sum.z),
+          lane_sum<kLanes>(sum.w)};
+}
+
+// What a kernel for few rows calls in its course. All threads call ask, look, fill, begin, turn and
+// end.
 template <class T, class Rows, class Tile>
 class Lora {
  public:
@@ -166,8 +195,9 @@ class Lora {
   __device__ __forceinline__ Lora(const LinearLora& lora, const LoraRoom& room, int n,
                                   unsigned char* smem)
       : l_(lora), room_(room), n_(n), smem_(smem),
-        who_(lora.rows, reinterpret_cast<LoraTable*>(smem + room.tables)[threadIdx.x / kWarpSize]) {
-  }
+        who_(lora.rows, reinterpret_cast<LoraTable*>(smem + room.tables)[threadIdx.x / kWarpSize]),
+        next_(lora.next, static_cast<int>(lora.rows.num_tokens),
+              reinterpret_cast<float*>(smem + room.values)) {}
 
   __device__ __forceinline__ void ask() { who_.ask(l_.columns); }
   __device__ __forceinline__ void look() { who_.look(l_.num_rows); }
@@ -208,31 +238,33 @@ class Lora {
   }
 
   // Behind the wait: adds up the splits of what was shrunk. Zeros follow a rank up to 8 of r.
-  __device__ __forceinline__ void fill() const {
+  __device__ __forceinline__ void fill() {
     const LoraTable& own = who_.table();
+    next_.ask(own.slots);
     const int num_parts = l_.rows.num_parts, log2_fours = room_.log2_chunks + 1;
-    const int count = static_cast<int>(l_.rows.num_tokens) * num_parts << log2_fours;
-    // From the last thread on, because the first warps have the norm's factors.
-    for (int i = Tile::kThreads - 1 - static_cast<int>(threadIdx.x); i < count;
-         i += Tile::kThreads) {
+    const int log2_lanes = l_.shrunk.num_splits > kLoads ? kLog2Lanes : 0;
+    const int count = static_cast<int>(l_.rows.num_tokens) * num_parts << log2_fours << log2_lanes;
+    const int lane = static_cast<int>(threadIdx.x) & ((1 << log2_lanes) - 1);
+    // From the last warp on, because the first ones have the norm's factors.
+    const int warp = Tile::kWarps - 1 - static_cast<int>(threadIdx.x) / kWarpSize;
+    for (int first = warp * kWarpSize; first < count; first += Tile::kThreads) {
+      const int thread = first + static_cast<int>(threadIdx.x) % kWarpSize;
+      const int i = thread >> log2_lanes;
       const int r = (i & ((1 << log2_fours) - 1)) * 4, pair = i >> log2_fours;
       const int token = pair / num_parts, part = pair % num_parts;
-      const int rank = own.ranks[token][part];
-      if (r / kVec * kVec >= rank) continue;
+      const int rank = thread < count ? own.ranks[token][part] : 0;
       const float* from =
           l_.shrunk.data + token * l_.shrunk.stride + part * l_.shrunk.part_stride + r;
-      float4 sum{};
-      const int num_splits = r < rank ? l_.shrunk.num_splits : 0;
-#pragma unroll 8
-      for (int split = 0; split < num_splits; ++split) {
-        const float4 four =
-            *reinterpret_cast<const float4*>(from + split * l_.shrunk.split_stride);
-        sum = {sum.x + four.x, sum.y + four.y, sum.z + four.z, sum.w + four.w};
-      }
-      terms()[i] = {sum.x, r + 1 < rank ? sum.y : 0.0f, r + 2 < rank ? sum.z : 0.0f,
-                    r + 3 < rank ? sum.w : 0.0f};
+      const float4 sum = sum_of_splits(from, l_.shrunk, lane, log2_lanes, r < rank);
+      if (lane != 0 || r / kVec * kVec >= rank) continue;
+      terms()[i] = {r < rank ? sum.x : 0.0f, r + 1 < rank ? sum.y : 0.0f,
+                    r + 2 < rank ? sum.z : 0.0f, r + 3 < rank ? sum.w : 0.0f};
     }
+    next_.settle();
   }
+
+  // When a group of columns [column, end) of out begins.
+  __device__ __forceinline__ void begin(int column, int end) { next_.begin(column, end); }
 
   // Behind a group's barrier: what is added to the sum of a token and this row of the tile. The
   // first 16 of r are loaded without a branch: all loads are on their way together, and those for a
@@ -260,8 +292,19 @@ class Lora {
     return sum;
   }
 
+  // Takes what the next linear reads of a group: of a token, and of a column in the tile.
+  __device__ __forceinline__ void keep(int token, int column, T value) const {
+    next_.keep(token, column, value);
+  }
+
   // When a group is finished.
-  __device__ __forceinline__ void turn() { advance(buffer_); }
+  __device__ __forceinline__ void turn() {
+    advance(buffer_);
+    next_.turn();
+  }
+
+  // Behind the last group.
+  __device__ __forceinline__ void end() { next_.end(); }
 
  private:
   // A copy of 16 bytes that a lane starts in each group of rows.
@@ -309,6 +352,7 @@ class Lora {
   int ahead_ = 0, buffer_ = 0;  // of the groups that are copied and finished next
   Copy own_{nullptr};
   LoraLookup who_;
+  NextShrink<T, Rows, Tile> next_;
 };
 
 template <class T, class Rows, class Tile>
@@ -332,6 +376,19 @@ LoraRoom lora_room(const LinearParams& p, const LinearLora& lora, int num_sms) {
 template <Epilogue kEpilogue, class Tile>
 bool fits_lora(const LinearParams& p, const LinearLora& lora, int num_sms) {
   return Tile::kSmem + lora_room<kEpilogue, Tile>(p, lora, num_sms).end <= kMaxLoraSmem<Tile>;
+}
+
+// linear_lora_splits of a tiling, for what fits_lora says fits.
+template <Epilogue kEpilogue, class Tile>
+int64_t next_splits(const LinearParams& p, const LinearLora& lora, int num_sms) {
+  constexpr int kPassRows = kNextRows<RowTile<kEpilogue, Tile::kRows>, Tile>;
+  const LoraNext& next = lora.next;
+  const int64_t num_rows = int64_t{next.num_parts} * next.max_rank;
+  const int64_t num_passes = (num_rows + kPassRows - 1) / kPassRows;
+  const bool is_served = next.num_parts >= 1 && next.num_parts <= kMaxLoraParts &&
+                         next.max_rank >= 1 && p.m * num_passes <= kMaxNextPairs &&
+                         lora.rows.num_slots * next.a_slot_stride < int64_t{1} << 31;
+  return is_served ? Grid<kEpilogue, Tile>(p.n, num_sms).num_ctas : 0;
 }
 
 // As launch_tiled, for what fits_lora says fits.
