@@ -1,7 +1,8 @@
 """linear_lora on CUDA, a linear and what adapters add to it in one kernel: ratio rule by number of
 rows, ranks, parts and epilogues; a row's result depends on nothing but the row; launches that
-follow each other do not disturb the next; a graph is replayed with other tokens. That equal calls
-give equal bits: test_repeats.py."""
+follow each other do not disturb the next; a graph is replayed with other tokens; and what it leaves
+of the first product of the linear that follows. That equal calls give equal bits: test_repeats.py.
+"""
 
 from __future__ import annotations
 
@@ -232,6 +233,134 @@ def test_a_graph_follows_the_starts(group_size: int) -> None:
         assert torch.equal(out[alone], untouched[alone])
         used = range(lengths[0], sum(lengths))
         assert not used or not torch.equal(out[list(used)], untouched[list(used)])
+
+
+def following_of(
+    case: Case, x: Tensor, weight: Tensor, out: Tensor, epilogue: int, adapters: lora.LinearLora
+) -> lora.NextShrink | None:
+    """With room for the first product of `case`, which reads out; None: it cannot be left."""
+    num_splits = lora.linear_lora_splits(x, weight, out, epilogue, adapters, case.a)
+    if num_splits == 0:
+        return None
+    shrunk = torch.full((num_splits, len(x), *case.a.shape[1:3]), NAN, device=CARD)
+    return lora.NextShrink(case.a, case.ranks, case.scales, shrunk)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 2, 4, 7, 8])
+def test_what_is_left_for_the_next_linear(num_rows: int, dtype: torch.dtype) -> None:
+    """Sums that are those of float64, in each token's ranks alone; results are untouched by it."""
+    ranks = [[16, 5, 16], [3, 0, 9]]
+    starts = starts_of(*lengths_of(num_rows, len(ranks))).to(CARD)
+    slots = torch.full((num_rows,), -1)
+    for slot in range(len(ranks)):
+        slots[starts[slot] : starts[slot + 1]] = slot
+    num_left = 0
+    for epilogue, n, k, parts in (
+        (STORE, 4096, 512, 1), (ADD, 4096, 4096, 2), (ADD, 4096, 1024, 3), (ADD, 1000, 256, 1),
+        (SILU_MUL, 14336, 4096, 1), (SILU_MUL, 1112, 512, 1), (ADD, 40, 256, 2),
+    ):  # fmt: skip
+        torch.manual_seed(num_rows)
+        rows = 2 * n if epilogue == SILU_MUL else n
+        case = make_case([[16], [9]], [rows], k, 16, dtype, "cuda")
+        behind = make_case([own[:parts] for own in ranks], [64] * parts, n, 16, dtype, "cuda")
+        weight, _ = weight_of(rows, k, 0, dtype)
+        x, before, norm_weight = (
+            torch.randn(size, device=CARD).to(dtype) for size in ((num_rows, k), (num_rows, n), n)
+        )
+        adapters = adapters_of(case, starts, x)
+        following = following_of(behind, x, weight, before, epilogue, adapters)
+        num_passes = -(-16 * parts // (32 if epilogue == SILU_MUL else 16))
+        assert (following is not None) == (num_rows * num_passes <= 8)
+        if following is None:
+            continue
+        num_left += 1
+        norms: list[tuple[Tensor, ...]] = [()]
+        if epilogue == ADD:
+            norms.append((norm_weight, torch.empty_like(before), torch.empty(
+                num_rows, -(-n // 16), device=CARD)))  # fmt: skip
+        for norm in norms:
+            following.shrunk.fill_(NAN)
+            out, alone = before.clone(), before.clone()
+            lora.linear_lora(
+                x, weight, None, out, epilogue, adapters, None, 0.0, *norm, following=following
+            )
+            lora.linear_lora(x, weight, None, alone, epilogue, adapters)
+            assert torch.equal(out, alone)
+            read = (norm[1] if norm else out).double()
+            sums = following.shrunk.double().sum(0)
+            for token, slot in enumerate(slots.tolist()):
+                for part in range(parts):
+                    rank = ranks[slot][part] if slot >= 0 else 0
+                    assert bool(sums[token, part, rank:].isnan().all())
+                    a = behind.a[slot, part, :rank].double()
+                    terms = a * read[token] * behind.scales[slot, part].double()
+                    error = (sums[token, part, :rank] - terms.sum(1)).abs()
+                    assert bool((error <= 1e-6 * terms.abs().sum(1)).all())
+    assert num_left > 1
+
+
+def test_linears_that_leave_the_next_ones_product() -> None:
+    """In a chain, as layers call them: each reads the sums of the one before, in two rooms in turn,
+    and the results are those of a chain with launches of shrink, but for rounding."""
+    dtype, sizes = torch.bfloat16, (4096, 4096, 14336, 4096, 6144, 4096)
+    cases, weights = [], []
+    for k, n in zip(sizes, sizes[1:], strict=False):
+        cases.append(make_case([[16], [9]], [n], k, 16, dtype, "cuda"))
+        weights.append((torch.randn(n, k, device=CARD) / k**0.5).to(dtype))
+    starts = starts_of(0, 1, 1).to(CARD)
+    x = torch.randn(2, sizes[0], device=CARD).to(dtype)
+    outs = [torch.empty(2, n, dtype=dtype, device=CARD) for n in sizes[1:]]
+    rooms = torch.full((2, lora.MAX_LEFT), NAN, device=CARD)
+    given = torch.full((lora.MAX_SPLITS, 2, 1, 16), NAN, device=CARD)
+
+    def chain(is_left: bool) -> Tensor:
+        read, shrunk, room = x, None, 0
+        for i, (case, weight, out) in enumerate(zip(cases, weights, outs, strict=True)):
+            if shrunk is None:
+                shrunk = given
+                lora.lora_shrink(read, case.a, starts, case.ranks, case.scales, shrunk)
+            adapters = lora.LinearLora(shrunk, case.b, starts, case.ranks, case.columns)
+            shrunk, following = None, None
+            if is_left and i + 1 < len(cases):
+                a = cases[i + 1].a
+                num_splits = lora.linear_lora_splits(read, weight, out, STORE, adapters, a)
+                assert num_splits > 0
+                shape = num_splits, 2, 1, 16
+                shrunk = rooms[room, : num_splits * 2 * 16].view(shape)
+                room = 1 - room
+                following = lora.NextShrink(a, cases[i + 1].ranks, cases[i + 1].scales, shrunk)
+            lora.linear_lora(read, weight, None, out, STORE, adapters, following=following)
+            read = out
+        return read.clone()
+
+    expected, first = chain(is_left=False), chain(is_left=True)
+    torch.testing.assert_close(first, expected, rtol=2e-2, atol=2e-2 * float(expected.std()))
+    for _ in range(200):
+        assert torch.equal(chain(is_left=True), first)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = chain(is_left=True)
+    for _ in range(50):
+        graph.replay()
+    assert torch.equal(recorded, first)
+
+
+def test_what_is_not_left_is_refused() -> None:
+    case = make_case([[16]], [64], 256, 16, torch.bfloat16, "cuda")
+    weight, _ = weight_of(64, 256, 0, torch.bfloat16)
+    x = torch.randn(8, 256, device=CARD).bfloat16()
+    out = torch.zeros(8, 64, device=CARD).bfloat16()
+    adapters = adapters_of(case, starts_of(0, 8).to(CARD), x)
+    for rank, is_left in ((16, True), (24, False)):
+        behind = make_case([[rank]], [64], 64, rank, torch.bfloat16, "cuda")
+        following = following_of(behind, x, weight, out, STORE, adapters)
+        assert (following is not None) == is_left
+        shrunk = torch.zeros(3, 8, 1, rank, device=CARD)  # of another number of CTAs than is left
+        wrong = lora.NextShrink(behind.a, behind.ranks, behind.scales, shrunk)
+        with pytest.raises(RuntimeError, match="linear_lora"):
+            lora.linear_lora(x, weight, None, out, STORE, adapters, following=wrong)
 
 
 def test_what_is_not_served_is_refused() -> None:
