@@ -7,6 +7,7 @@
 
 namespace pyserve::gpu {
 #include "few_rows.cuh.inc"
+#include "few_rows_shrink.cuh.inc"
 #include "few_rows_lora.cuh.inc"
 #include "w4a16_words.cuh.inc"
 #include "few_rows_w4a16.cuh.inc"

@@ -34,6 +34,7 @@ PROGRAMS = {  # the kernels' files, and rounds that are enough
             "linear/linear_lora.h",
             "lora/segments.cuh",
             "linear/few_rows.cuh",
+            "linear/few_rows_shrink.cuh",
             "linear/few_rows_lora.cuh",
             "linear/w4a16_words.cuh",
             "linear/few_rows_w4a16.cuh",
