@@ -66,7 +66,10 @@ bool can_linear_lora(const LinearLoraParams& params, const Device& device) {
 
 int64_t linear_lora_splits(const LinearLoraParams& params, const Device& device) {
   const LinearParams& p = params.linear;
-  if (params.group_size != 0 || !can_linear_lora(params, device)) return 0;
+  if (!can_linear_lora(params, device)) return 0;
+  if constexpr (kHasSm90a) {
+    if (params.group_size != 0) return linear_w4a16_lora_splits_sm90a(params, device);
+  }
   int64_t num_splits = 0;
   dispatch_epilogue(p.epilogue, [&](auto epilogue) {
     num_splits = with_tiling(p.m, device, [&]<class Tile>(Tile) {

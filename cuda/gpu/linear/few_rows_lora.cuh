@@ -378,16 +378,22 @@ bool fits_lora(const LinearParams& p, const LinearLora& lora, int num_sms) {
   return Tile::kSmem + lora_room<kEpilogue, Tile>(p, lora, num_sms).end <= kMaxLoraSmem<Tile>;
 }
 
-// linear_lora_splits of a tiling, for what fits_lora says fits.
+// Whether a kernel of these tiles can leave sums for lora.next.
 template <Epilogue kEpilogue, class Tile>
-int64_t next_splits(const LinearParams& p, const LinearLora& lora, int num_sms) {
+bool can_leave_next(const LinearParams& p, const LinearLora& lora) {
   constexpr int kPassRows = kNextRows<RowTile<kEpilogue, Tile::kRows>, Tile>;
   const LoraNext& next = lora.next;
   const int64_t num_rows = int64_t{next.num_parts} * next.max_rank;
   const int64_t num_passes = (num_rows + kPassRows - 1) / kPassRows;
-  const bool is_served = next.num_parts >= 1 && next.num_parts <= kMaxLoraParts &&
-                         next.max_rank >= 1 && p.m * num_passes <= kMaxNextPairs &&
-                         lora.rows.num_slots * next.a_slot_stride < int64_t{1} << 31;
+  return next.num_parts >= 1 && next.num_parts <= kMaxLoraParts && next.max_rank >= 1 &&
+         p.m * num_passes <= kMaxNextPairs &&
+         lora.rows.num_slots * next.a_slot_stride < int64_t{1} << 31;
+}
+
+// linear_lora_splits of a tiling, for what fits_lora says fits.
+template <Epilogue kEpilogue, class Tile>
+int64_t next_splits(const LinearParams& p, const LinearLora& lora, int num_sms) {
+  const bool is_served = can_leave_next<kEpilogue, Tile>(p, lora);
   return is_served ? Grid<kEpilogue, Tile>(p.n, num_sms).num_ctas : 0;
 }
 

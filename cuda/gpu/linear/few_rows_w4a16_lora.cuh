@@ -33,6 +33,13 @@ struct W4LoraPlan {
   bool fits() const { return num_bytes <= Tile::kSmem; }
 };
 
+// linear_lora_splits of a tiling, for what fits.
+template <Epilogue kEpilogue, class Tile>
+int64_t w4a16_next_splits(const LinearParams& p, const LinearLora& lora, int num_sms) {
+  const bool is_served = can_leave_next<kEpilogue, Tile>(p, lora);
+  return is_served ? W4LoraPlan<kEpilogue, Tile>(p, lora, num_sms).num_ctas : 0;
+}
+
 // As launch_w4a16_tiled, for what fits.
 template <class T, Epilogue kEpilogue, class Tile>
 cudaError_t launch_w4a16_lora_tiled(const LinearParams& p, const LinearLora& lora, int num_sms,

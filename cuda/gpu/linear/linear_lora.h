@@ -59,6 +59,7 @@ cudaError_t launch_linear_lora(const LinearLoraParams& params, cudaStream_t stre
 // In few_rows_w4a16_lora_sm90a.cu, which exists only in builds for sm_90a: 1 to 8 rows with 4-bit
 // integers. With kSiluMul n is a multiple of 16.
 bool fits_linear_w4a16_lora_sm90a(const LinearLoraParams& params, const Device& device);
+int64_t linear_w4a16_lora_splits_sm90a(const LinearLoraParams& params, const Device& device);
 cudaError_t launch_linear_w4a16_lora_sm90a(const LinearLoraParams& params, const Device& device,
                                            cudaStream_t stream);
 
