@@ -56,7 +56,8 @@ int check(const Shape& s) {
   if (!fits_lora<kEpilogue, Tile>(p, lora, s.num_sms)) return -1;
   Next<T> next(s.m, s.n, adapters.num_slots());
   lora.next = next.params(0);
-  const int64_t num_splits = next_splits<kEpilogue, Tile>(p, lora, s.num_sms);
+  const bool has_room = fits_lora<kEpilogue, Tile>(p, lora, s.num_sms);
+  const int64_t num_splits = has_room ? next_splits<kEpilogue, Tile>(p, lora, s.num_sms) : 0;
   lora.next = num_splits == 0 ? LoraNext{} : next.params(num_splits);
   num_next += num_splits > 0;
   launch_lora_tiled<T, kEpilogue, Tile>(p, lora, s.num_sms, nullptr);

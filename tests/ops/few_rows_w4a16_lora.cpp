@@ -47,7 +47,8 @@ int check(const W4Format& format, int m, int n, int k, int num_sms) {
   if (!W4LoraPlan<kEpilogue, Tile>(p, lora, num_sms).fits()) return -1;
   Next<T> next(m, n, adapters.num_slots());
   lora.next = next.params(0);
-  const int64_t num_splits = w4a16_next_splits<kEpilogue, Tile>(p, lora, num_sms);
+  const bool has_room = W4LoraPlan<kEpilogue, Tile>(p, lora, num_sms).fits();
+  const int64_t num_splits = has_room ? w4a16_next_splits<kEpilogue, Tile>(p, lora, num_sms) : 0;
   lora.next = num_splits == 0 ? LoraNext{} : next.params(num_splits);
   num_next += num_splits > 0;
   launch_w4a16_lora_tiled<T, kEpilogue, Tile>(p, lora, num_sms, nullptr);

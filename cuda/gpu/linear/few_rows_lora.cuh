@@ -55,7 +55,8 @@ struct LoraRoom {
   // max_groups: the most groups of rows that a CTA has. min_pieces: the fewest pieces of k that a
   // warp with any has in each of them.
   template <class Tile>
-  static LoraRoom of(const LoraRows& rows, int max_groups, int min_pieces, Tile) {
+  static LoraRoom of(const LinearLora& lora, int max_groups, int min_pieces, Tile) {
+    const LoraRows& rows = lora.rows;
     LoraRoom room{};
     const int num_tokens = static_cast<int>(rows.num_tokens);
     while (kVec << room.log2_chunks < rows.max_rank) ++room.log2_chunks;
@@ -64,7 +65,8 @@ struct LoraRoom {
     room.terms = room.num_buffers * room.buffer_bytes;
     room.tables = room.terms + (num_tokens * rows.num_parts * kVec * 4 << room.log2_chunks);
     room.values = room.tables + Tile::kWarps * static_cast<int>(sizeof(LoraTable));
-    room.end = (room.values + 2 * num_tokens * Tile::kRows * 4 + 15) / 16 * 16;
+    const int num_values = lora.next.a == nullptr ? 0 : 2 * num_tokens * Tile::kRows;
+    room.end = (room.values + 4 * num_values + 15) / 16 * 16;
     return room;
   }
 };
@@ -368,7 +370,7 @@ template <Epilogue kEpilogue, class Tile>
 LoraRoom lora_room(const LinearParams& p, const LinearLora& lora, int num_sms) {
   constexpr int kStepDepth = Tile::kWarps * Tile::kDepth;
   const int num_pieces = static_cast<int>((p.k + kStepDepth - 1) / kStepDepth);
-  return LoraRoom::of(lora.rows, Grid<kEpilogue, Tile>(p.n, num_sms).max_groups(), num_pieces,
+  return LoraRoom::of(lora, Grid<kEpilogue, Tile>(p.n, num_sms).max_groups(), num_pieces,
                       Tile{});
 }
 
@@ -390,7 +392,7 @@ bool can_leave_next(const LinearParams& p, const LinearLora& lora) {
          lora.rows.num_slots * next.a_slot_stride < int64_t{1} << 31;
 }
 
-// linear_lora_splits of a tiling, for what fits_lora says fits.
+// linear_lora_splits of a tiling, for what fits_lora says fits, lora.next included.
 template <Epilogue kEpilogue, class Tile>
 int64_t next_splits(const LinearParams& p, const LinearLora& lora, int num_sms) {
   const bool is_served = can_leave_next<kEpilogue, Tile>(p, lora);

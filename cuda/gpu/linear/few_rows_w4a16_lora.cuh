@@ -24,7 +24,7 @@ struct W4LoraPlan {
     num_ctas = std::min(num_strips, num_sms);
     const int max_strips = (num_strips + num_ctas - 1) / num_ctas;
     const int num_pieces = static_cast<int>((p.k + Tile::kDepth - 1) / Tile::kDepth);
-    room = LoraRoom::of(lora.rows, (max_strips + kStep - 1) / kStep,
+    room = LoraRoom::of(lora, (max_strips + kStep - 1) / kStep,
                         std::max(1, num_pieces / Tile::kWarps), Tile{});
     work = W4Work::of(p, num_ctas, Tile{}, room.end);
     num_bytes = work.smem_bytes(p, room.end, Tile{});
