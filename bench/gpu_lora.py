@@ -6,9 +6,8 @@ number of adapters that share the tokens, and by the number of tokens. `added` i
 takes more; the floor of that is its bytes at the rate of a copy: the adapters' matrices, x once
 more, and what is added to, read and written. For up to 8 tokens there is also what each half adds
 without the other: shrink in front of the product, and expand, inside the product's kernel where
-that serves it (ops.lora.linear_lora). The last line of each load sums up a model of 32 layers, and
-says what is added where each product may leave what the next one would shrink (chained). Norms are
-fused there, and else left out. Of a server: bench.gpu_adapters.
+that serves it (ops.lora.linear_lora). The last line of each load sums up a model of 32 layers.
+Norms are calls of their own here and are left out. Of a server: bench.gpu_adapters.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from torch import Tensor
 
 from bench.gpu_timing import copy_us, time_sets
 from bench.report import format_table
-from pyserve import ops
 from pyserve.model.adapter_weights import Pair
 from pyserve.model.context import AdapterRows
 from pyserve.model.layers import adapters as adapters_module
@@ -66,7 +64,7 @@ class Layer:
             max_adapter_rank=max_rank,
         )  # fmt: skip
         outputs = [Output(str(part), width) for part, width in enumerate(columns)]
-        self.linear = linear = Linear(outputs, k, placement)
+        self._linear = linear = Linear(outputs, k, placement)
         matrix = linear.matrix
         if isinstance(matrix, W4A16):
             generator = torch.Generator(DEVICE).manual_seed(n)
@@ -82,7 +80,7 @@ class Layer:
         starts = torch.tensor(last, dtype=torch.int32, device=DEVICE)
         num_splits = lora.num_splits(num_tokens, DEVICE)
         shrunk = torch.empty(num_splits, num_tokens, num_parts, max_rank, device=DEVICE)
-        self.rows = AdapterRows(starts, {num_parts: shrunk})
+        self._rows = AdapterRows(starts, {num_parts: shrunk})
         self._call = name
         self._x, self._out = _half(num_tokens, k), _half(num_tokens, n)
         self._activated = _half(num_tokens, n // 2)
@@ -91,68 +89,29 @@ class Layer:
         self._run(None)
 
     def adapted(self) -> None:
-        self._run(self.rows)
+        self._run(self._rows)
 
     def shrink_only(self) -> None:
-        assert self.linear.adapters is not None
-        self.linear.adapters.shrink(self._x, self.rows)
+        assert self._linear.adapters is not None
+        self._linear.adapters.shrink(self._x, self._rows)
         self._run(None)
 
     def _run(self, rows: AdapterRows | None) -> None:
         if self._call == "qkv":
-            self.linear(self._x, self._out, rows)
+            self._linear(self._x, self._out, rows)
         elif self._call == "gate_up":
-            self.linear.silu_mul(self._x, self._out, self._activated, rows)
+            self._linear.silu_mul(self._x, self._out, self._activated, rows)
         else:
-            self.linear.add(self._x, self._out, rows)
-
-
-class Chain:
-    """All four as a step of few tokens calls them, from o to the next layer's q, k and v, with
-    norms fused and without attention: a product may leave what the next one would shrink."""
-
-    def __init__(self, bits: int, *load: int) -> None:
-        layers = {name: Layer(bits, name, *load) for name in PARTS}
-        self._linears = {name: layer.linear for name, layer in layers.items()}
-        shrunk: dict[int, Tensor] = {}
-        for layer in layers.values():
-            shrunk |= layer.rows.shrunk
-        left = torch.zeros(2, lora.MAX_LEFT, device=DEVICE)
-        self._rows = AdapterRows(layers["o"].rows.starts, shrunk, left)
-        sizes = {name: (linear.out_features, linear.in_features)
-                 for name, linear in self._linears.items()}  # fmt: skip
-        size, width = sizes["down"]
-        self._attended, self._residual, self._scaled = (_half(load[0], size) for _ in range(3))
-        self._gate_up, self._activated = _half(load[0], 2 * width), _half(load[0], width)
-        self._qkv, self._weight = _half(load[0], sizes["qkv"][0]), _half(size)
-        self._squares = torch.zeros(load[0], ops.num_squares(size), device=DEVICE)
-
-    def plain(self) -> None:
-        self._run(None)
-
-    def adapted(self) -> None:
-        self._run(self._rows)
-
-    def _run(self, rows: AdapterRows | None) -> None:
-        qkv, o, gate_up, down = (self._linears[name] for name in ("qkv", "o", "gate_up", "down"))
-        norm = self._weight, self._scaled, self._squares
-        shrunk = o.add_for_norm(self._attended, self._residual, *norm, rows, None, gate_up)
-        shrunk = gate_up.silu_mul_of_scaled(
-            self._scaled, self._squares, 1e-5, self._gate_up, self._activated, rows, shrunk, down
-        )
-        shrunk = down.add_for_norm(self._activated, self._residual, *norm, rows, shrunk, qkv)
-        qkv.of_scaled(self._scaled, self._squares, 1e-5, self._qkv, rows, shrunk)
+            self._linear.add(self._x, self._out, rows)
 
 
 class Times(NamedTuple):
-    """us without adapters, and what is added: by both halves, and by each alone for few tokens; of
-    all products of a layer also in a chain."""
+    """us without adapters, and what is added: by both halves, and by each alone for few tokens."""
 
     plain: float
     added: float
     shrink: float | None = None
     expand: float | None = None
-    chained: float | None = None
 
 
 def measure(
@@ -176,15 +135,6 @@ def measure(
     return Times(plain, added, shrink, expand)
 
 
-def measure_chain(bits: int, load: tuple[int, int, int, int], seconds: float) -> float | None:
-    """us that are added to a Chain; None for more than few tokens."""
-    if load[0] > lora.MAX_LINEAR_ROWS:
-        return None
-    chain = Chain(bits, *load)  # more than an L2 holds
-    plain, adapted = (time_sets([run], seconds).us for run in (chain.plain, chain.adapted))
-    return adapted - plain
-
-
 def added_bytes(name: str, num_tokens: int, num_adapters: int, size: int) -> int:
     """What the adapters of the tokens make a step read and write more, at the least."""
     columns, k = PARTS[name]
@@ -201,32 +151,31 @@ def main() -> None:
     source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
     bytes_per_us = 2 * source.nbytes / copy_us(torch.empty_like(source), source)
     rows = [["bits", "tokens", "adapters", "rank", "of", "matrix", "without us", "added us",
-             "floor us", "added", "shrink us", "expand us", "chained us"]]  # fmt: skip
+             "floor us", "added", "shrink us", "expand us"]]  # fmt: skip
     for bits, load in ((bits, load) for bits, loads in LOADS.items() for load in loads):
         words = [str(it) for it in (bits, *load)]
         floors = [added_bytes(name, *load[:3]) / bytes_per_us for name in PARTS]
         times = [measure(bits, name, *load, seconds) for name in PARTS]
         for name, own, floor in zip(PARTS, times, floors, strict=True):
             rows.append([*words, name, *_shown(own, floor)])
-        layers = _layers(times, measure_chain(bits, load, seconds))
-        rows.append([*words, "32 layers", *_shown(layers, NUM_LAYERS * sum(floors))])
+        rows.append([*words, "32 layers", *_shown(_layers(times), NUM_LAYERS * sum(floors))])
     print(format_table(rows))
 
 
-def _layers(times: list[Times], chained: float | None) -> Times:
-    parts = [
+def _layers(times: list[Times]) -> Times:
+    halves = [
         None if None in own else NUM_LAYERS * sum(us for us in own if us is not None)
-        for own in ([it.shrink for it in times], [it.expand for it in times], [chained])
+        for own in ([it.shrink for it in times], [it.expand for it in times])
     ]
     plain, added = sum(it.plain for it in times), sum(it.added for it in times)
-    return Times(NUM_LAYERS * plain, NUM_LAYERS * added, *parts)
+    return Times(NUM_LAYERS * plain, NUM_LAYERS * added, *halves)
 
 
 def _shown(times: Times, floor_us: float) -> list[str]:
-    parts = ["" if us is None else f"{us:,.1f}" for us in times[2:]]
+    halves = ["" if us is None else f"{us:,.1f}" for us in (times.shrink, times.expand)]
     return [
         f"{times.plain:,.1f}", f"{times.added:,.1f}", f"{floor_us:,.1f}",
-        f"{times.added / times.plain:+.1%}", *parts,
+        f"{times.added / times.plain:+.1%}", *halves,
     ]  # fmt: skip
 
 

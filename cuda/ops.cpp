@@ -65,11 +65,7 @@ STABLE_TORCH_LIBRARY(pyserve, m) {
       "linear_lora(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, int epilogue, "
       "Tensor shrunk, Tensor b, Tensor starts, Tensor ranks, Tensor columns, "
       "Tensor? x_squares=None, float eps=0.0, Tensor? norm_weight=None, Tensor(b!)? scaled=None, "
-      "Tensor(c!)? squares=None, Tensor? next_a=None, Tensor? next_ranks=None, "
-      "Tensor? next_scales=None, Tensor(d!)? next_shrunk=None) -> ()");
-  m.def(
-      "linear_lora_splits(Tensor x, Tensor weight, Tensor out, int epilogue, Tensor shrunk, "
-      "Tensor b, Tensor starts, Tensor ranks, Tensor columns, Tensor next_a) -> int");
+      "Tensor(c!)? squares=None) -> ()");
   m.def(
       "serves_linear_lora(Tensor x, Tensor weight, Tensor out, int epilogue, Tensor shrunk, "
       "Tensor b, Tensor starts, Tensor ranks, Tensor columns) -> bool");

@@ -450,7 +450,7 @@ class StepExecutor:
             num_tokens, num_rows, is_decode, has_adapters = padded
             plan = state.plan.narrow(num_tokens, num_rows)
             activations = self._activations_of(num_tokens)
-            rows = AdapterRows(state.adapter_starts, activations.shrunk, activations.left)
+            rows = AdapterRows(state.adapter_starts, activations.shrunk)
             ctx = ForwardContext(
                 input_ids=plan.input_ids,
                 positions=plan.positions,

@@ -124,9 +124,6 @@ class Activations(NamedTuple):
                fused into the linears around them, in small steps; None if norms are separate calls
     layers     activations of each layer; all layers, and a layer's attention and MLP, share memory
     shrunk     x A^T of the adapters, as in AdapterRows; empty without adapter slots
-    left       float32 [2, ops.lora.MAX_LEFT]: x A^T of the next Linear, which the one before it may
-               leave in small steps. There are two, as a Linear reads one while it writes the other.
-               None in other steps, and without adapter slots
     """
 
     hidden: torch.Tensor
@@ -135,4 +132,3 @@ class Activations(NamedTuple):
     squares: torch.Tensor | None
     layers: list[LayerActivations]
     shrunk: Mapping[int, torch.Tensor]
-    left: torch.Tensor | None

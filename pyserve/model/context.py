@@ -19,12 +19,10 @@ class AdapterRows(NamedTuple):
     starts   int32 [num_adapter_slots + 1]: where each adapter slot's tokens begin, see ops/lora.py
     shrunk   scratch for x A^T: num_parts of a Linear -> float32 [num_splits, num_tokens, num_parts,
              max_rank], with num_splits of ops.lora.num_splits
-    left     scratch for what a Linear leaves for the next one, as in Activations; None: it cannot
     """
 
     starts: torch.Tensor
     shrunk: Mapping[int, torch.Tensor]
-    left: torch.Tensor | None = None
 
 
 @dataclass(slots=True, frozen=True)

@@ -31,7 +31,6 @@ from pyserve.model.experts_config import ExpertsConfig
 from pyserve.model.kv import KVCache, KVSpec
 from pyserve.model.latent_config import LatentConfig
 from pyserve.model.layer_config import LayerConfig
-from pyserve.model.layers.adapters import Shrunk
 from pyserve.model.layers.attention import Attention
 from pyserve.model.layers.embedding import Embedding
 from pyserve.model.layers.experts import Experts
@@ -133,40 +132,39 @@ class DecoderLayer:
     def call_of_few(
         self, ctx: ForwardContext, cache: KVCache, activations: LayerActivations,
         hidden: torch.Tensor, residual: torch.Tensor, squares: torch.Tensor,
-        above: DecoderLayer | None, shrunk: Shrunk | None,
-    ) -> Shrunk | None:  # fmt: skip
+        next_norm: RMSNorm | None,
+    ) -> None:  # fmt: skip
         """Run the layer on few tokens, with norms fused into the Linears; needs has_norm_factors.
 
         A Linear before a norm writes the residual times the norm's weight to `hidden` and the
         residual's sums of squares to `squares`; the Linear after it divides by the rms. On entry
-        both are for this layer's first norm, on return for that of the layer `above`; so is what
-        a Linear may leave of the x A^T of the one after it, `shrunk`.
+        both are for this layer's first norm, on return for `next_norm`, that of the layer above.
         """
         attention, mlp = activations
         rows = ctx.adapters
-        assert isinstance(self.attention, Attention) and isinstance(attention, AttentionActivations)
+        assert isinstance(self.attention, Attention)
+        assert isinstance(attention, AttentionActivations)
         if self._is_first:
             self._enter(hidden, residual, hidden)
             self.attention.qkv(hidden, attention.qkv, rows)
         else:
             eps = self.norms[0].eps
-            self.attention.qkv.of_scaled(hidden, squares, eps, attention.qkv, rows, shrunk)
+            self.attention.qkv.of_scaled(hidden, squares, eps, attention.qkv, rows)
         self.attention.attend(ctx, cache, attention)
         norm = self._norm_after_attention
+        self.attention.o.add_for_norm(
+            attention.joined, residual, norm.weight, hidden, squares, rows
+        )
         assert isinstance(self.mlp, MLP) and isinstance(mlp, MLPActivations)
-        gate_up, down, activated = self.mlp.gate_up, self.mlp.down, mlp.activated
-        shrunk = self.attention.o.add_for_norm(
-            attention.joined, residual, norm.weight, hidden, squares, rows, None, gate_up
+        self.mlp.gate_up.silu_mul_of_scaled(
+            hidden, squares, norm.eps, mlp.gate_up, mlp.activated, rows
         )
-        shrunk = gate_up.silu_mul_of_scaled(
-            hidden, squares, norm.eps, mlp.gate_up, activated, rows, shrunk, down
-        )
-        if above is None:
-            down.add(activated, residual, rows, shrunk)
-            return None
-        assert isinstance(above.attention, Attention)
-        weight, qkv = above.norms[0].weight, above.attention.qkv
-        return down.add_for_norm(activated, residual, weight, hidden, squares, rows, shrunk, qkv)
+        if next_norm is None:
+            self.mlp.down.add(mlp.activated, residual, rows)
+        else:
+            self.mlp.down.add_for_norm(
+                mlp.activated, residual, next_norm.weight, hidden, squares, rows
+            )
 
     def destinations(self) -> Destinations:
         destinations = self.attention.destinations() | self.mlp.destinations()
@@ -250,7 +248,7 @@ class Decoder:
                 )
             )  # fmt: skip
             below = self.layers[-1]
-        self._layers_above = [*self.layers[1:], None]
+        self._next_norms = [*(layer.norms[0] for layer in self.layers[1:]), None]
         self._all_layers = range(len(self.layers))
         self._one_of_each_kind = _one_of_each_kind(
             [(layer, made.schemes) for layer, made in zip(described, self.layers, strict=True)]
@@ -319,8 +317,7 @@ class Decoder:
         self._forward(ctx, self._one_of_each_kind)
 
     def _forward(self, ctx: ForwardContext, indices: Sequence[int]) -> torch.Tensor:
-        hidden, residual, output, squares, activations, *_ = ctx.activations
-        left: Shrunk | None = None
+        hidden, residual, output, squares, activations, _ = ctx.activations
         pp_rank = self.placement.pp_rank
         if self.placement.has_ends:
             self.embedding(ctx.input_ids, residual)
@@ -331,8 +328,8 @@ class Decoder:
             if squares is None:
                 layer(ctx, cache, own, hidden, residual, output)
             else:
-                above = self._layers_above[index]
-                left = layer.call_of_few(ctx, cache, own, hidden, residual, squares, above, left)
+                norm = self._next_norms[index]
+                layer.call_of_few(ctx, cache, own, hidden, residual, squares, norm)
         # Needed on every rank of a pipeline: it also adds the last block's output to the residual.
         self._leave(output, residual, hidden)
         if pp_rank + 1 < self.placement.pp_size:
@@ -405,7 +402,7 @@ class Decoder:
             room = arena.take(num_rows, width, dtype=torch.float32)
             if num_tokens <= self._max_norm_rows:
                 squares = room
-        shrunk, left = self._room_for_adapters(arena, num_tokens)
+        shrunk = self._room_for_adapters(arena, num_tokens)
         by_sizes: dict[tuple[int, ...], LayerActivations] = {}  # shared by layers of equal sizes
         layers = []
         for layer in self.layers:
@@ -417,23 +414,19 @@ class Decoder:
                     mlp = layer.mlp.activations(arena, num_tokens)
                 by_sizes[sizes] = attention, mlp
             layers.append(by_sizes[sizes])
-        return Activations(hidden, residual, output, squares, layers, shrunk, left)
+        return Activations(hidden, residual, output, squares, layers, shrunk)
 
-    def _room_for_adapters(
-        self, arena: Arena, num_tokens: int
-    ) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
-        """Activations.shrunk and left. All Linears share it, as they run one after the other."""
+    def _room_for_adapters(self, arena: Arena, num_tokens: int) -> dict[int, torch.Tensor]:
+        """Activations.shrunk. All Linears share the memory, as they run one after the other."""
         if not self._adapters:
-            return {}, None
+            return {}
         all_parts = {adapters.num_parts for adapters in self._adapters}
         most, size = max(all_parts), self.max_adapter_rank
         rows = lora.most_rows(num_tokens)  # the most on any device, so the planner's size fits
-        left = arena.take(2, lora.MAX_LEFT, dtype=torch.float32)  # likewise
         room = arena.take(rows, most, size, dtype=torch.float32)
         num_splits = lora.num_splits(num_tokens, self.device)
         splits = room[: num_splits * num_tokens].view(num_splits, num_tokens, most, size)
-        shrunk = {num_parts: splits[:, :, :num_parts] for num_parts in all_parts}
-        return shrunk, left if num_tokens <= lora.MAX_LINEAR_ROWS else None
+        return {num_parts: splits[:, :, :num_parts] for num_parts in all_parts}
 
     def adapter_targets(self) -> dict[str, Target]:
         """The modules that an adapter may change, by name; {} without adapter slots."""

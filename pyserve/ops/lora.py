@@ -19,8 +19,7 @@ The intermediate x A^T is float32 [num_splits, num_tokens, num_parts, max_rank],
 the splits. On a card each split covers some of the columns of x, so that more multiprocessors share
 the reading of A.
 
-For few tokens on a card the linear's own kernel can add the second product, and begin the first
-one of the linear that reads its result: linear_lora.
+For few tokens on a card the linear's own kernel can add the second product: linear_lora.
 """
 
 from __future__ import annotations
@@ -95,9 +94,6 @@ def lora_expand_silu_mul(
 
 # The most rows that linear_lora serves on any card.
 MAX_LINEAR_ROWS = 8
-# The most float32 that it leaves for the next linear: 256 for each of 192 multiprocessors, of which
-# no card has more.
-MAX_LEFT = 256 * 192
 
 
 class LinearLora(NamedTuple):
@@ -109,16 +105,6 @@ class LinearLora(NamedTuple):
     starts: Tensor
     ranks: Tensor
     columns: Tensor
-
-
-class NextShrink(NamedTuple):
-    """The arguments of lora_shrink of the linear that reads the result, where that linear shares
-    `starts`: a, ranks, scales and out, whose splits are those of linear_lora_splits."""
-
-    a: Tensor
-    ranks: Tensor
-    scales: Tensor
-    shrunk: Tensor
 
 
 def serves_linear_lora(
@@ -135,27 +121,14 @@ def linear_lora(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, epilogue: int,
     adapters: LinearLora, x_squares: Tensor | None = None, eps: float = 0.0,
     norm_weight: Tensor | None = None, scaled: Tensor | None = None,
-    squares: Tensor | None = None, *, following: NextShrink | None = None,
+    squares: Tensor | None = None,
 ) -> None:  # fmt: skip
     """A linear with its adapters in one kernel, rounded once; requires serves_linear_lora.
 
     weight is that of ops.linear, or `packed` as w4a16.py defines it. epilogue is STORE, ADD or
     SILU_MUL, and the arguments of norms are those of ops.linear_of_scaled and linear_add_for_norm.
-    The factor of a norm in front multiplies what the adapters add, too. `following` is computed of
-    `scaled` where a norm follows, and else of what out then holds; it requires linear_lora_splits.
+    The factor of a norm in front multiplies what the adapters add, too.
     """
     native.linear_lora(
-        x, weight, bias, out, epilogue, *adapters, x_squares, eps, norm_weight, scaled, squares,
-        *(following or ()),
-    )  # fmt: skip
-
-
-def linear_lora_splits(
-    x: Tensor, weight: Tensor, out: Tensor, epilogue: int, adapters: LinearLora, next_a: Tensor
-) -> int:
-    """The splits that linear_lora leaves of the product of its result by next_a [num_slots,
-    num_parts, max_rank, n], MAX_LEFT elements at most; 0 where it cannot. Requires
-    serves_linear_lora."""
-    num_splits: int = native.linear_lora_splits(x, weight, out, epilogue, *adapters, next_a)
-    _, num_parts, max_rank, _ = next_a.shape
-    return num_splits if num_splits * len(x) * num_parts * max_rank <= MAX_LEFT else 0
+        x, weight, bias, out, epilogue, *adapters, x_squares, eps, norm_weight, scaled, squares
+    )

@@ -28,7 +28,6 @@ from pyserve.ops.reference_linear import linear_silu_mul as linear_silu_mul
 from pyserve.ops.reference_linear import serves_linear as serves_linear
 from pyserve.ops.reference_linear import silu_mul as silu_mul
 from pyserve.ops.reference_lora import linear_lora as linear_lora
-from pyserve.ops.reference_lora import linear_lora_splits as linear_lora_splits
 from pyserve.ops.reference_lora import lora_expand as lora_expand
 from pyserve.ops.reference_lora import lora_expand_silu_mul as lora_expand_silu_mul
 from pyserve.ops.reference_lora import lora_shrink as lora_shrink

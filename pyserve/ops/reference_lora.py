@@ -54,12 +54,10 @@ def linear_lora(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, epilogue: int, shrunk: Tensor,
     b: Tensor, starts: Tensor, ranks: Tensor, columns: Tensor, x_squares: Tensor | None = None,
     eps: float = 0.0, norm_weight: Tensor | None = None, scaled: Tensor | None = None,
-    squares: Tensor | None = None, next_a: Tensor | None = None, next_ranks: Tensor | None = None,
-    next_scales: Tensor | None = None, next_shrunk: Tensor | None = None,
+    squares: Tensor | None = None,
 ) -> None:  # fmt: skip
     """linear, or linear_w4a16 where weight is int32, with lora_expand added to its sums; rounded
-    once. epilogue 0 stores, 1 is that of linear_add, 2 that of linear_silu_mul. With next_a, also
-    lora_shrink of what the linear that follows reads."""
+    once. epilogue 0 stores, 1 is that of linear_add, 2 that of linear_silu_mul."""
     if weight.dtype == torch.int32:
         weight = w4a16.dequantised(weight, b.shape[1], x.shape[1])
     result = x.float() @ weight.float().T
@@ -75,15 +73,6 @@ def linear_lora(
     if norm_weight is not None:
         assert scaled is not None and squares is not None
         leave_norm(out, norm_weight, scaled, squares)
-    if next_a is not None:
-        assert next_ranks is not None and next_scales is not None and next_shrunk is not None
-        read = out if scaled is None else scaled
-        lora_shrink(read, next_a, starts, next_ranks, next_scales, next_shrunk)
-
-
-def linear_lora_splits(x: Tensor, *_: object) -> int:
-    """One, whatever is given."""
-    return 1
 
 
 def serves_linear_lora(x: Tensor, *_: object) -> bool:

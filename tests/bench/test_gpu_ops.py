@@ -61,7 +61,7 @@ def test_every_op_has_a_row(tiny: list[str], capsys: pytest.CaptureFixture[str])
     names -= {"try_linear_w4a16"}
     # By bench.gpu_lora.
     names -= {"lora_shrink", "lora_expand", "lora_expand_silu_mul", "linear_lora"}
-    names -= {"serves_linear_lora", "linear_lora_splits"}
+    names -= {"serves_linear_lora"}
     names -= {"all_reduce_add_norm", "all_reduce_one_shot", "all_reduce_two_shot", "gather_rows"}
     names -= {"broadcast_tokens"}  # by bench.gpu_peers, like those above
     names -= {"serves_linear_fp8", "serves_linear_w8a8", "try_linear_w8a8"}

@@ -40,7 +40,7 @@ def test_every_op_is_measured(
     others |= {"linear_w8a8", "serves_linear_w8a8", "try_linear_w8a8"}  # of a card alone
     # Of these bench.gpu_lora tells, on a card.
     others |= {"lora_shrink", "lora_expand", "lora_expand_silu_mul", "linear_lora"}
-    others |= {"serves_linear_lora", "linear_lora_splits"}
+    others |= {"serves_linear_lora"}
     # And bench.gpu_peers of these, on several.
     others |= {"all_reduce_add_norm", "all_reduce_one_shot", "all_reduce_two_shot", "gather_rows"}
     others |= {"broadcast_tokens"}

@@ -63,7 +63,7 @@ class Driver:
         adapters = None
         if adapter_starts is not None:
             starts_of_slots = torch.tensor(adapter_starts, dtype=torch.int32)
-            adapters = AdapterRows(starts_of_slots, activations.shrunk, activations.left)
+            adapters = AdapterRows(starts_of_slots, activations.shrunk)
         context = ForwardContext(
             input_ids=torch.tensor(ids, dtype=torch.int32),
             positions=torch.tensor(positions, dtype=torch.int32),

@@ -15,10 +15,8 @@ from transformers import PreTrainedModel
 from pyserve.model.adapter_weights import read_adapter
 from pyserve.model.config import ModelConfig
 from pyserve.model.decoder import Decoder
-from pyserve.model.layers import adapters as adapters_module
 from pyserve.model.loader import load_model
 from pyserve.model.placement import Placement
-from pyserve.ops import lora, reference
 from tests.model import oracle, peft
 from tests.model.driver import Driver
 from tests.model.oracle import VOCAB_SIZE, relative_error
@@ -127,64 +125,6 @@ def test_norms_of_few_tokens_may_be_factors(dtype: torch.dtype, tmp_path: Path) 
     norms = [count for name, count in calls.names.items() if "rms_norm" in name]
     assert sum(norms) == 2, "the first and the last"
     assert "pyserve.silu_mul.default" not in calls.names
-
-
-def test_linears_that_leave_the_next_ones_product(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """As on a card, by the ops' twins: what is left is used once, by the Linear that it is for, and
-    whoever is left nothing computes it, in whichever steps and layers that happens."""
-    model = make("llama", tmp_path / "base", torch.float32)
-    decoder = load_with_slots(tmp_path / "base", num_slots=2, max_rank=16)
-    decoder._max_norm_rows = 32
-    for slot, rank in enumerate((3, 16)):
-        folder = tmp_path / str(slot)
-        put(decoder, slot, peft.write_adapter(folder, peft.shapes_of(model), rank=rank, seed=slot))
-    chooser, num_left, num_lora = random.Random(0), 0, 0
-    splits: list[int] = []  # what linear_lora_splits chooses from
-
-    def linear_lora_splits(*_: object) -> int:
-        nonlocal num_left
-        num_splits = chooser.choice(splits)
-        num_left += num_splits > 0
-        return num_splits
-
-    def linear_lora(
-        x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, epilogue: int,
-        adapters: lora.LinearLora, *norm: Any, following: lora.NextShrink | None,
-    ) -> None:  # fmt: skip
-        nonlocal num_lora
-        num_lora += 1
-        if following is not None:
-            assert following.shrunk.data_ptr() != adapters.shrunk.data_ptr(), "read and written"
-        norm += (None, 0.0, None, None, None)[len(norm) :]
-        reference.linear_lora(
-            x, weight, bias, out, epilogue, *adapters, *norm, *(following or ())
-        )  # fmt: skip
-
-    def run() -> tuple[Tensor, int]:
-        driver, logits = Driver(decoder, num_seqs=2), []
-        with Calls() as calls:
-            for first, second in ((1, 1), (5, 3), (9, 2), (0, 1), (1, 0), (2, 2)):
-                rows = {0: PROMPTS[5][:first], 1: PROMPTS[6][:second]}
-                rows = {seq: tokens for seq, tokens in rows.items() if tokens}
-                starts = [0, first, first + second]
-                logits.append(driver.step(rows, 1, adapter_starts=starts)[: first + second])
-        return torch.cat(logits), calls.names["pyserve.lora_shrink.default"]
-
-    expected, num_shrunk = run()
-    monkeypatch.setattr(adapters_module, "serves_linear_lora", lambda x, *_: len(x) <= 8)
-    monkeypatch.setattr(adapters_module, "linear_lora", linear_lora)
-    monkeypatch.setattr(adapters_module, "linear_lora_splits", linear_lora_splits)
-    for splits[:] in ([0], [1], [3], [0, 0, 1, 3]):
-        num_left = num_lora = 0
-        logits, num_calls = run()
-        assert relative_error(logits, expected) < 1e-5
-        assert num_calls == num_shrunk - num_left
-        assert num_left == 0 if splits == [0] else num_left > 0
-        if 0 not in splits:  # in all small steps but for o, and the first layer's qkv
-            small = num_lora // (4 * len(decoder.layers))
-            assert num_left == small * (3 * len(decoder.layers) - 1)
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,14 @@
 // few_rows_lora.cuh on a CPU, by emulated.h: results are held against float64 sums of the base and
-// of what adapters add, and do not depend on the other rows. So do the sums that CTAs leave for the
-// next linear (few_rows_shrink.cuh). Prints what is wrong; its exit code is 1 then. Arguments:
-// rounds of each tiling, groups of copies that a wait forgets.
+// of what adapters add, and do not depend on the other rows. Prints what is wrong; its exit code is
+// 1 then. Arguments: rounds of each tiling, groups of copies that a wait forgets.
 #include "emulated_lora.h"
 
 namespace pyserve::gpu {
 #include "few_rows.cuh.inc"
-#include "few_rows_shrink.cuh.inc"
 #include "few_rows_lora.cuh.inc"
 }  // namespace pyserve::gpu
 
 namespace {
-
-int num_next = 0;  // launches that left sums for the next linear
 
 struct Shape {
   int m, n, k, num_sms, num_parts;
@@ -52,14 +48,8 @@ int check(const Shape& s) {
     return std::pair(first, first + 2 * values.size());
   };
   machine::readable = {range(x), range(weight), adapters.readable()};
-  LinearLora lora = adapters.params();
+  const LinearLora lora = adapters.params();
   if (!fits_lora<kEpilogue, Tile>(p, lora, s.num_sms)) return -1;
-  Next<T> next(s.m, s.n, adapters.num_slots());
-  lora.next = next.params(0);
-  const bool has_room = fits_lora<kEpilogue, Tile>(p, lora, s.num_sms);
-  const int64_t num_splits = has_room ? next_splits<kEpilogue, Tile>(p, lora, s.num_sms) : 0;
-  lora.next = num_splits == 0 ? LoraNext{} : next.params(num_splits);
-  num_next += num_splits > 0;
   launch_lora_tiled<T, kEpilogue, Tile>(p, lora, s.num_sms, nullptr);
 
   const double factor = is_factor ? 1 / std::sqrt(7.0 * k_squares / s.k + 1e-5) : 1.0;
@@ -93,9 +83,6 @@ int check(const Shape& s) {
     for (int i = 0; leaves_norm && i < n_squares; ++i) {
       num_wrong += !(std::abs(squares[t * n_squares + i] - sums[i]) <= 1e-5 * sums[i]);
     }
-    if (num_splits == 0) continue;
-    const T* values = leaves_norm ? &scaled[t * s.n] : &out[t * s.n];
-    num_wrong += next.num_wrong(t, adapters.slot_of(t), values);
   }
   return num_wrong;
 }
@@ -130,8 +117,7 @@ int check_all(int num_rounds) {
   return num_bad + (num_run == 0);
 }
 
-// The bits of a row do not depend on which slot its adapter is in, nor on the other rows; those of
-// what it leaves for the next linear depend on the number of SMs.
+// The bits of a row do not depend on which slot its adapter is in, nor on the other rows.
 template <class Tile>
 int check_rows() {
   using T = __nv_bfloat16;
@@ -149,15 +135,8 @@ int check_rows() {
                  Tile::kTokens, kRows, kColumns};
   LinearLora lora = adapters.params();
   if (!fits_lora<Epilogue::kStore, Tile>(p, lora, 2)) return 0;
-  Next<T> next(Tile::kTokens, kRows, adapters.num_slots());
-  next.num_parts = 1, next.max_rank = 8;
-  for (int32_t& rank : next.ranks) rank = any_of({0, 3, 8});
-  for (T& value : next.a) value = from_float<T>(machine::random() % 64 / 8.0f);
-  lora.next = next.params(2);
-  if (next_splits<Epilogue::kStore, Tile>(p, lora, 2) != 2) machine::fail("no sums for the next");
   launch_lora_tiled<T, Epilogue::kStore, Tile>(p, lora, 2, nullptr);
   const Adapters<T> all = adapters;
-  const std::vector<float> left = next.out;
   int num_bad = 0;
   for (int token = 0; token < Tile::kTokens; token += 3) {
     std::vector<T> alone(kRows);
@@ -167,14 +146,6 @@ int check_rows() {
     one.x = &x[token * kColumns], one.out = alone.data(), one.m = 1;
     LinearLora own = lora;
     own.rows.num_tokens = 1, own.shrunk.data += token * lora.shrunk.stride;
-    std::fill(next.out.begin(), next.out.end(), NAN);
-    launch_lora_tiled<T, Epilogue::kStore, Tiling<1, 10, 1>>(one, own, 2, nullptr);
-    for (size_t i = 0; i < left.size(); ++i) {
-      const int from = i / 8 % Tile::kTokens;
-      const float* alone_left = &next.out[i + (0 - from) * 8];
-      num_bad += from == token && std::memcmp(&left[i], alone_left, 4) != 0;
-    }
-    own.next = {};
     launch_lora_tiled<T, Epilogue::kStore, Tiling<1, 10, 1>>(one, own, 3, nullptr);
     for (int i = 0; i < kRows; ++i) num_bad += alone[i].bits != together[token * kRows + i].bits;
   }
@@ -196,10 +167,6 @@ int main(int, char** argv) {
   const int n = std::atoi(argv[1]);
   machine::num_too_early = std::atoi(argv[2]);
   int num_bad = check_tilings<__nv_bfloat16>(n) + check_tilings<__half>(n);
-  if (num_next == 0 && machine::num_too_early == 0) {
-    std::printf("no launch left sums for the next linear\n");
-    ++num_bad;
-  }
   for (int i = 0; i < n && machine::num_too_early == 0; ++i) {
     num_bad += check_rows<Tiling<1, 8, 8>>() + check_rows<Tiling<1, 3, 8>>();
   }

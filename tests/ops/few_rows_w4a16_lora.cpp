@@ -1,14 +1,12 @@
 // few_rows_w4a16_lora.cuh on a CPU, by emulated.h: results are held against float64 sums of the
-// base's 4-bit integers and of what adapters add, and so are the sums that CTAs leave for the next
-// linear. Prints what is wrong; its exit code is 1 then. Arguments: rounds, groups of copies that a
-// wait forgets.
+// base's 4-bit integers and of what adapters add. Prints what is wrong; its exit code is 1 then.
+// Arguments: rounds, groups of copies that a wait forgets.
 #include "emulated_lora.h"
 
 #include "common/w4a16.h"
 
 namespace pyserve::gpu {
 #include "few_rows.cuh.inc"
-#include "few_rows_shrink.cuh.inc"
 #include "few_rows_lora.cuh.inc"
 #include "w4a16_words.cuh.inc"
 #include "few_rows_w4a16.cuh.inc"
@@ -18,8 +16,6 @@ namespace pyserve::gpu {
 #include "emulated_w4a16.h"
 
 namespace {
-
-int num_next = 0;  // launches that left sums for the next linear
 
 // The number of results that are wrong; -1: the adapters have no room.
 template <class T, Epilogue kEpilogue, class Tile>
@@ -43,14 +39,8 @@ int check(const W4Format& format, int m, int n, int k, int num_sms) {
     return std::pair(first, first + sizeof(values[0]) * values.size());
   };
   machine::readable = {range(x), range(matrix.packed), adapters.readable()};
-  LinearLora lora = adapters.params();
+  const LinearLora lora = adapters.params();
   if (!W4LoraPlan<kEpilogue, Tile>(p, lora, num_sms).fits()) return -1;
-  Next<T> next(m, n, adapters.num_slots());
-  lora.next = next.params(0);
-  const bool has_room = W4LoraPlan<kEpilogue, Tile>(p, lora, num_sms).fits();
-  const int64_t num_splits = has_room ? w4a16_next_splits<kEpilogue, Tile>(p, lora, num_sms) : 0;
-  lora.next = num_splits == 0 ? LoraNext{} : next.params(num_splits);
-  num_next += num_splits > 0;
   launch_w4a16_lora_tiled<T, kEpilogue, Tile>(p, lora, num_sms, nullptr);
 
   const double factor = has_norm ? 1 / std::sqrt(7.0 * k_squares / k + 1e-5) : 1.0;
@@ -76,7 +66,6 @@ int check(const W4Format& format, int m, int n, int k, int num_sms) {
       const double result = to_float(out[at]);
       num_wrong += !(std::abs(result - wanted) <= half * std::abs(wanted) + 8e-3 * half * size);
     }
-    if (num_splits > 0) num_wrong += next.num_wrong(t, adapters.slot_of(t), &out[t * n]);
   }
   return num_wrong;
 }
@@ -118,8 +107,7 @@ int check_all(int num_rounds) {
     num_bad += check_group<T, 128>(kW4Formats[2], num_run);
   }
   if (num_run == 0) std::printf("no adapters have room\n");
-  if (num_next == 0) std::printf("no launch left sums for the next linear\n");
-  return num_bad + (num_run == 0) + (num_next == 0);
+  return num_bad + (num_run == 0);
 }
 
 }  // namespace

@@ -190,7 +190,7 @@ CUDA_OP_NAMES = {
     # Of 8-bit matrix units: tests/gpu/test_linear_w8a8.py.
     "linear_w8a8", "serves_linear_w8a8", "try_linear_w8a8",
     # tests/gpu/test_linear_lora.py.
-    "linear_lora", "linear_lora_splits", "serves_linear_lora",
+    "linear_lora", "serves_linear_lora",
     # Between ranks: tests/ops/test_peers.py.
     "all_reduce_add_norm", "all_reduce_one_shot", "all_reduce_two_shot", "gather_rows",
     "broadcast_tokens",

@@ -8,12 +8,6 @@
 
 namespace pyserve {
 
-// The adapters of the linear that reads the result.
-struct LoraNextArgs {
-  View a;  // its data is null where there is none
-  View ranks, scales, out;
-};
-
 // A linear with plain numbers, or with 4-bit integers if there is a group_size, and the adapters of
 // its rows.
 struct LinearLoraArgs {
@@ -22,7 +16,6 @@ struct LinearLoraArgs {
   int64_t weight_stride, group_size;
   Epilogue epilogue;
   LoraExpandArgs lora;  // its out is the linear's
-  LoraNextArgs next{};
 };
 
 // The tensors of adapters, as the op is given them.
@@ -41,39 +34,6 @@ inline LoraExpandArgs linear_lora_tensors(const ViewReader& read, const LoraTens
                       linear.out};
   check_size(args.b, 1, linear.n() * rows_per_column(epilogue));
   check_lora_expand(args);
-  return args;
-}
-
-inline View lora_next_a(const ViewReader& read, const Tensor& tensor, const LoraExpandArgs& lora) {
-  const View a = read("next_a", tensor, 4);
-  check_same_dtype(a, lora.out);
-  check_size(a, 0, lora.num_slots());
-  check_size(a, 3, lora.n());
-  return a;
-}
-
-struct LoraNextTensors {
-  const std::optional<Tensor>&a, &ranks, &scales, &shrunk;
-};
-
-// Either all four tensors are given or none.
-inline LoraNextArgs lora_next_args(const ViewReader& read, const LoraNextTensors& tensors,
-                                   const LoraExpandArgs& lora) {
-  const bool is_there = tensors.a.has_value();
-  PYSERVE_CHECK(tensors.ranks.has_value() == is_there && tensors.scales.has_value() == is_there &&
-                    tensors.shrunk.has_value() == is_there,
-                read.op, ": next_a, next_ranks, next_scales and next_shrunk go together");
-  if (!is_there) return {};
-  const LoraNextArgs args{lora_next_a(read, *tensors.a, lora),
-                          read("next_ranks", *tensors.ranks, 2, ScalarType::Int),
-                          read("next_scales", *tensors.scales, 2, ScalarType::Float),
-                          read("next_shrunk", *tensors.shrunk, 4, ScalarType::Float)};
-  check_size(args.ranks, 0, args.a.size(0));
-  check_size(args.ranks, 1, args.a.size(1));
-  check_same_sizes(args.scales, args.ranks);
-  check_size(args.out, 1, lora.num_tokens());
-  check_size(args.out, 2, args.a.size(1));
-  check_size(args.out, 3, args.a.size(2));
   return args;
 }
 

@@ -25,14 +25,6 @@ __device__ __forceinline__ int32_t load_word(const int32_t* source) {
   return word;
 }
 
-// The same of the 16 bits of one element, which are read once. What lies around them is brought to
-// L2, as other SMs ask for it.
-__device__ __forceinline__ uint16_t load_half_word(const uint16_t* source) {
-  uint16_t bits;
-  asm volatile("ld.global.cg.L2::128B.b16 %0, [%1];\n" : "=h"(bits) : "l"(source));
-  return bits;
-}
-
 // Copies `size` bytes, 0 to 16, from global to shared memory, bypassing L1, and writes zeros behind
 // them up to 16. It reads nothing else of `source`, which must be a legal pointer value.
 __device__ __forceinline__ void cp_async_some(uint32_t destination, const void* source, int size) {

@@ -206,12 +206,6 @@ __device__ __forceinline__ float norm_factor(const LinearParams& p, int64_t toke
   return rsqrtf(lane_sum(sum) / static_cast<float>(p.k) + p.eps);
 }
 
-// What the linear behind the RMSNorm reads in the place of one result, `value`.
-template <class T>
-__device__ __forceinline__ T scaled_of(T value, float weight) {
-  return from_float<T>(to_float(value) * weight);
-}
-
 // Stores what the RMSNorm behind the linear needs of one result, `value`. 16 neighbouring lanes
 // hold 16 neighbouring columns of a row. All lanes of a warp call this.
 template <class T>
@@ -220,7 +214,7 @@ __device__ __forceinline__ void put_norm(const LinearParams& p, T value, float w
   static_assert(kSquaresColumns == 16);
   const float x = to_float(value);
   if (is_valid) {
-    static_cast<T*>(p.scaled)[token * p.scaled_stride + column] = scaled_of(value, weight);
+    static_cast<T*>(p.scaled)[token * p.scaled_stride + column] = from_float<T>(x * weight);
   }
   const float sum = lane_sum<kSquaresColumns>(is_valid ? x * x : 0.0f);
   if (is_valid && column % kSquaresColumns == 0) {
@@ -300,13 +294,6 @@ __device__ __forceinline__ void finish_result(const LinearParams& p, const Resul
     value = from_float<T>(
         finish<kEpilogue>(sum_of(result.row, column) + to_float(result.bias), operand));
     *result.target = value;
-  }
-  if constexpr (Adapters::kIsThere) {
-    T read = value;
-    if (kEpilogue == Epilogue::kAdd && p.norm_weight != nullptr) {
-      read = scaled_of(value, to_float(result.norm_weight));
-    }
-    adapters.keep(result.token, result.row, read);
   }
   if constexpr (kEpilogue == Epilogue::kAdd) {
     if (p.norm_weight != nullptr) {
@@ -425,7 +412,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         result.template ask<kEpilogue>(p, column0 + result.row, groups.end(column0));
       }
     }
-    if constexpr (Adapters::kIsThere) adapters.begin(column0, groups.end(column0));
     // With few results per group, they go to other warps each time: a warp that stores results
     // starts its next copies later.
     place = (place + kWarpSize) % Tile::kThreads;
@@ -458,7 +444,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
     if constexpr (Adapters::kIsThere) adapters.turn();
   }
-  if constexpr (Adapters::kIsThere) adapters.end();
   cp_async_wait<0>();
 }
 

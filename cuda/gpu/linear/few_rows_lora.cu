@@ -64,32 +64,12 @@ bool can_linear_lora(const LinearLoraParams& params, const Device& device) {
   return is_fitting;
 }
 
-int64_t linear_lora_splits(const LinearLoraParams& params, const Device& device) {
-  const LinearParams& p = params.linear;
-  if (!can_linear_lora(params, device)) return 0;
-  if constexpr (kHasSm90a) {
-    if (params.group_size != 0) return linear_w4a16_lora_splits_sm90a(params, device);
-  }
-  int64_t num_splits = 0;
-  dispatch_epilogue(p.epilogue, [&](auto epilogue) {
-    num_splits = with_tiling(p.m, device, [&]<class Tile>(Tile) {
-      return next_splits<decltype(epilogue)::value, Tile>(p, params.lora, device.num_sms);
-    });
-    return cudaSuccess;
-  });
-  return num_splits;
-}
-
 cudaError_t launch_linear_lora(const LinearLoraParams& params, cudaStream_t stream) {
   const LinearParams& p = params.linear;
   if (p.m == 0 || p.n == 0) return cudaSuccess;
   const Device* device = nullptr;
   if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
   if (!can_linear_lora(params, *device)) return cudaErrorInvalidValue;
-  const LoraNext& next = params.lora.next;
-  if (next.a != nullptr && next.out.num_splits != linear_lora_splits(params, *device)) {
-    return cudaErrorInvalidValue;
-  }
   if constexpr (kHasSm90a) {
     if (params.group_size != 0) return launch_linear_w4a16_lora_sm90a(params, *device, stream);
   }

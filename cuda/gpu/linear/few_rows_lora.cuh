@@ -19,8 +19,6 @@
 //   x, and adds up its splits. The first group's barrier makes it visible to all threads.
 // - sum_of() is called by the thread that finishes a result, behind the barrier that the group has
 //   anyway. It is a loop over r for one token and one row, without tensor cores.
-// - The first product of the linear that reads the result may be begun here: few_rows_shrink.cuh.
-//   Its sums of 132 CTAs are then the splits that fill() adds up.
 //
 // Buffers: a warp may copy rows of B for the groups that its ring reaches ahead, and for the one in
 // work. A slower warp may still read the group before. Hence there are two buffers more than the
@@ -32,11 +30,14 @@
 #pragma once
 
 #include "gpu/linear/few_rows.cuh"
-#include "gpu/linear/few_rows_shrink.cuh"
 #include "gpu/linear/linear_lora.h"
 #include "gpu/lora/segments.cuh"
 
 namespace pyserve::gpu {
+
+constexpr int kMaxLoraTokens = 8;
+constexpr int kMaxLoraParts = 4;  // of a linear; those that exist have up to 3
+constexpr int kMaxLoraRank = 512;
 
 // What a warp knows of the adapters. Tokens without one have rank 0 in all parts.
 struct LoraTable {
@@ -49,14 +50,12 @@ struct LoraTable {
 struct LoraRoom {
   int log2_chunks;  // room for a row of B, in units of 16 bytes
   int num_buffers, buffer_bytes;
-  int terms, tables;  // terms: what was shrunk, float32 [num_tokens, num_parts, room of rank]
-  int values, end;    // values: of few_rows_shrink.cuh
+  int terms, tables, end;  // terms: what was shrunk, float32 [num_tokens, num_parts, room of rank]
 
   // max_groups: the most groups of rows that a CTA has. min_pieces: the fewest pieces of k that a
   // warp with any has in each of them.
   template <class Tile>
-  static LoraRoom of(const LinearLora& lora, int max_groups, int min_pieces, Tile) {
-    const LoraRows& rows = lora.rows;
+  static LoraRoom of(const LoraRows& rows, int max_groups, int min_pieces, Tile) {
     LoraRoom room{};
     const int num_tokens = static_cast<int>(rows.num_tokens);
     while (kVec << room.log2_chunks < rows.max_rank) ++room.log2_chunks;
@@ -64,9 +63,8 @@ struct LoraRoom {
     room.buffer_bytes = num_tokens * Tile::kRows * 16 << room.log2_chunks;
     room.terms = room.num_buffers * room.buffer_bytes;
     room.tables = room.terms + (num_tokens * rows.num_parts * kVec * 4 << room.log2_chunks);
-    room.values = room.tables + Tile::kWarps * static_cast<int>(sizeof(LoraTable));
-    const int num_values = lora.next.a == nullptr ? 0 : 2 * num_tokens * Tile::kRows;
-    room.end = (room.values + 4 * num_values + 15) / 16 * 16;
+    room.end = room.tables + Tile::kWarps * static_cast<int>(sizeof(LoraTable));
+    room.end = (room.end + 15) / 16 * 16;
     return room;
   }
 };
@@ -117,13 +115,6 @@ class LoraLookup {
     return is_there ? part : -1;
   }
 
-  // Whether all rows of weight are of one part, or all of gate of one and all of up of another.
-  __device__ __forceinline__ bool has_fixed_parts(int n, bool is_paired) const {
-    const int num_parts = is_paired ? 2 : 1, num_rows = is_paired ? 2 * n : n;
-    return rows_.num_parts == num_parts && bounds_[0] == 0 && bounds_[num_parts] == num_rows &&
-           (!is_paired || bounds_[1] == n);
-  }
-
   __device__ __forceinline__ const LoraTable& table() const { return table_; }
 
  private:
@@ -158,36 +149,7 @@ class LoraLookup {
   int bounds_[kMaxLoraParts + 1] = {};  // as `columns`; parts that do not exist have no rows
 };
 
-// Many splits are shared out among the lanes of 2^kLog2Lanes threads, which then have all loads on
-// their way at once, with fewer registers than would keep the kernel in front off the SM.
-constexpr int kLog2Lanes = 4, kLoads = 9;  // enough for 144 splits
-
-// The sum over the splits of four floats at `from`: in their order over those of this lane, which is
-// one of the 2^log2_lanes that share them, then over the lanes. All lanes of a warp call this.
-__device__ __forceinline__ float4 sum_of_splits(const float* from, const LoraShrunk& shrunk,
-                                                int lane, int log2_lanes, bool is_there) {
-  float4 sum{};
-  for (int split = lane; is_there && split < shrunk.num_splits; split += kLoads << log2_lanes) {
-    float4 fours[kLoads] = {};
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int own = split + (i << log2_lanes);
-      if (own >= shrunk.num_splits) continue;
-      fours[i] = *reinterpret_cast<const float4*>(from + own * shrunk.split_stride);
-    }
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      sum = {sum.x + fours[i].x, sum.y + fours[i].y, sum.z + fours[i].z, sum.w + fours[i].w};
-    }
-  }
-  if (log2_lanes == 0) return sum;
-  constexpr int kLanes = 1 << kLog2Lanes;
-  return {lane_sum<kLanes>(sum.x), lane_sum<kLanes>(sum.y), lane_sum<kLanes>(sum.z),
-          lane_sum<kLanes>(sum.w)};
-}
-
-// What a kernel for few rows calls in its course. All threads call ask, look, fill, begin, turn and
-// end.
+// What a kernel for few rows calls in its course. All threads call ask, look, fill and turn.
 template <class T, class Rows, class Tile>
 class Lora {
  public:
@@ -197,9 +159,8 @@ class Lora {
   __device__ __forceinline__ Lora(const LinearLora& lora, const LoraRoom& room, int n,
                                   unsigned char* smem)
       : l_(lora), room_(room), n_(n), smem_(smem),
-        who_(lora.rows, reinterpret_cast<LoraTable*>(smem + room.tables)[threadIdx.x / kWarpSize]),
-        next_(lora.next, static_cast<int>(lora.rows.num_tokens),
-              reinterpret_cast<float*>(smem + room.values)) {}
+        who_(lora.rows, reinterpret_cast<LoraTable*>(smem + room.tables)[threadIdx.x / kWarpSize]) {
+  }
 
   __device__ __forceinline__ void ask() { who_.ask(l_.columns); }
   __device__ __forceinline__ void look() { who_.look(l_.num_rows); }
@@ -211,126 +172,75 @@ class Lora {
     const uint32_t to = smem_address(smem_) + ahead_ * room_.buffer_bytes;
     advance(ahead_);
     const int count = static_cast<int>(l_.rows.num_tokens) * Tile::kRows << room_.log2_chunks;
-    const bool is_one_each = count <= num_warps * kWarpSize && who_.has_fixed_parts(n_, Rows::kIsPaired);
-    if (is_one_each && own_.bytes >= 0) {  // a lane has the same chunk of the same row in each group
-      if (own_.bytes > 0 && own_.column < end - column) {
-        cp_async_some(to + own_.to, own_.from + column * l_.b_stride, own_.bytes);
-      }
-      return;
-    }
-    if (is_one_each) own_.bytes = 0;
 #pragma unroll 1
     for (int i = threadIdx.x; i < count; i += num_warps * kWarpSize) {
       const int chunk = i & ((1 << room_.log2_chunks) - 1), place = i >> room_.log2_chunks;
       const int row = place % Tile::kRows, token = place / Tile::kRows;
       const bool is_up = Rows::kIsPaired && row >= Rows::kColumns;
-      const int tile_column = row % Rows::kColumns;
-      const int weight_row = column + tile_column + (is_up ? n_ : 0);
-      const int part = is_one_each ? is_up : who_.part_of(weight_row);
-      if (own.leaders[token] != token || part < 0) continue;
+      const int weight_row = is_up ? n_ + column + row - Rows::kColumns : column + row;
+      const int part = who_.part_of(weight_row);
+      if (own.leaders[token] != token || row % Rows::kColumns >= end - column || part < 0) continue;
       const int left = own.ranks[token][part] - chunk * kVec;
       if (left <= 0) continue;
       const T* from = static_cast<const T*>(l_.b) + own.slots[token] * l_.b_slot_stride +
                       weight_row * l_.b_stride + chunk * kVec;
-      const Copy own_copy{from - column * l_.b_stride, offset(place, chunk), min(16, 2 * left),
-                          tile_column};
-      if (is_one_each) own_ = own_copy;
-      if (tile_column < end - column) cp_async_some(to + own_copy.to, from, own_copy.bytes);
+      cp_async_some(to + offset(place, chunk), from, min(16, 2 * left));
     }
   }
 
   // Behind the wait: adds up the splits of what was shrunk. Zeros follow a rank up to 8 of r.
-  __device__ __forceinline__ void fill() {
+  __device__ __forceinline__ void fill() const {
     const LoraTable& own = who_.table();
-    next_.ask(own.slots);
     const int num_parts = l_.rows.num_parts, log2_fours = room_.log2_chunks + 1;
-    const int log2_lanes = l_.shrunk.num_splits > kLoads ? kLog2Lanes : 0;
-    const int count = static_cast<int>(l_.rows.num_tokens) * num_parts << log2_fours << log2_lanes;
-    const int lane = static_cast<int>(threadIdx.x) & ((1 << log2_lanes) - 1);
-    // From the last warp on, because the first ones have the norm's factors.
-    const int warp = Tile::kWarps - 1 - static_cast<int>(threadIdx.x) / kWarpSize;
-    for (int first = warp * kWarpSize; first < count; first += Tile::kThreads) {
-      const int thread = first + static_cast<int>(threadIdx.x) % kWarpSize;
-      const int i = thread >> log2_lanes;
+    const int count = static_cast<int>(l_.rows.num_tokens) * num_parts << log2_fours;
+    // From the last thread on, because the first warps have the norm's factors.
+    for (int i = Tile::kThreads - 1 - static_cast<int>(threadIdx.x); i < count;
+         i += Tile::kThreads) {
       const int r = (i & ((1 << log2_fours) - 1)) * 4, pair = i >> log2_fours;
       const int token = pair / num_parts, part = pair % num_parts;
-      const int rank = thread < count ? own.ranks[token][part] : 0;
+      const int rank = own.ranks[token][part];
+      if (r / kVec * kVec >= rank) continue;
       const float* from =
           l_.shrunk.data + token * l_.shrunk.stride + part * l_.shrunk.part_stride + r;
-      const float4 sum = sum_of_splits(from, l_.shrunk, lane, log2_lanes, r < rank);
-      if (lane != 0 || r / kVec * kVec >= rank) continue;
-      terms()[i] = {r < rank ? sum.x : 0.0f, r + 1 < rank ? sum.y : 0.0f,
-                    r + 2 < rank ? sum.z : 0.0f, r + 3 < rank ? sum.w : 0.0f};
+      float4 sum{};
+      const int num_splits = r < rank ? l_.shrunk.num_splits : 0;
+#pragma unroll 8
+      for (int split = 0; split < num_splits; ++split) {
+        const float4 four =
+            *reinterpret_cast<const float4*>(from + split * l_.shrunk.split_stride);
+        sum = {sum.x + four.x, sum.y + four.y, sum.z + four.z, sum.w + four.w};
+      }
+      terms()[i] = {sum.x, r + 1 < rank ? sum.y : 0.0f, r + 2 < rank ? sum.z : 0.0f,
+                    r + 3 < rank ? sum.w : 0.0f};
     }
-    next_.settle();
   }
 
-  // When a group of columns [column, end) of out begins.
-  __device__ __forceinline__ void begin(int column, int end) { next_.begin(column, end); }
-
-  // Behind a group's barrier: what is added to the sum of a token and this row of the tile. The
-  // first 16 of r are loaded without a branch: all loads are on their way together, and those for a
-  // row of gate beside those for its row of up.
+  // Behind a group's barrier: what is added to the sum of a token and this row of the tile.
   __device__ __forceinline__ float sum_of(int token, int row, int weight_row) const {
     const LoraTable& own = who_.table();
     const int part = who_.part_of(weight_row);
     const int rank = part < 0 ? 0 : own.ranks[token][part];
     const uint32_t b = smem_address(smem_) + buffer_ * room_.buffer_bytes;
     const int place = own.leaders[token] * Tile::kRows + row;
-    const uint32_t x = smem_address(smem_) + room_.terms +
-                       ((token * l_.rows.num_parts + max(part, 0)) << room_.log2_chunks) * kVec * 4;
-    const auto load = [&](int chunk, bool is_there) -> Chunk {
-      const int own_chunk = is_there ? chunk : 0;
-      Chunk loaded{load_shared(b + offset(place, own_chunk)),
-                   load_shared(x + own_chunk * kVec * 4),
-                   load_shared(x + own_chunk * kVec * 4 + 16)};
-      if (!is_there) loaded = {};  // what stands there may be no number
-      return loaded;
-    };
-    const Chunk first = load(0, rank > 0), second = load(1, rank > kVec);
-    float sum = second.added_to(first.added_to(0.0f));
-#pragma unroll 1
-    for (int chunk = 2; chunk * kVec < rank; ++chunk) sum = load(chunk, true).added_to(sum);
+    uint32_t x = smem_address(smem_) + room_.terms +
+                 ((token * l_.rows.num_parts + part) << room_.log2_chunks) * kVec * 4;
+    float sum = 0.0f;
+#pragma unroll 2
+    for (int chunk = 0; chunk * kVec < rank; ++chunk, x += kVec * 4) {
+      const uint4 low = load_shared(x), high = load_shared(x + 16);
+      const uint32_t factors[kVec] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+      float values[kVec];
+      unpack<T>(load_shared(b + offset(place, chunk)), values);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) sum = fmaf(__uint_as_float(factors[i]), values[i], sum);
+    }
     return sum;
   }
 
-  // Takes what the next linear reads of a group: of a token, and of a column in the tile.
-  __device__ __forceinline__ void keep(int token, int column, T value) const {
-    next_.keep(token, column, value);
-  }
-
   // When a group is finished.
-  __device__ __forceinline__ void turn() {
-    advance(buffer_);
-    next_.turn();
-  }
-
-  // Behind the last group.
-  __device__ __forceinline__ void end() { next_.end(); }
+  __device__ __forceinline__ void turn() { advance(buffer_); }
 
  private:
-  // A copy of 16 bytes that a lane starts in each group of rows.
-  struct Copy {
-    const T* from;    // for a group that begins at column 0
-    uint32_t to = 0;  // in a buffer
-    int bytes = -1;   // -1: not worked out yet
-    int column = 0;   // of the tile
-  };
-
-  // 8 of r: of a row of B, and of what was shrunk.
-  struct Chunk {
-    uint4 b, low, high;
-
-    __device__ __forceinline__ float added_to(float sum) const {
-      const uint32_t factors[kVec] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-      float values[kVec];
-      unpack<T>(b, values);
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) sum = fmaf(__uint_as_float(factors[i]), values[i], sum);
-      return sum;
-    }
-  };
-
   // Where a chunk lies in a buffer. place: a leader's row, [num_tokens, kRows]. The swizzle puts
   // the same chunk of 8 rows into different banks.
   __device__ __forceinline__ uint32_t offset(int place, int chunk) const {
@@ -352,9 +262,7 @@ class Lora {
   int n_;
   unsigned char* smem_;
   int ahead_ = 0, buffer_ = 0;  // of the groups that are copied and finished next
-  Copy own_{nullptr};
   LoraLookup who_;
-  NextShrink<T, Rows, Tile> next_;
 };
 
 template <class T, class Rows, class Tile>
@@ -370,7 +278,7 @@ template <Epilogue kEpilogue, class Tile>
 LoraRoom lora_room(const LinearParams& p, const LinearLora& lora, int num_sms) {
   constexpr int kStepDepth = Tile::kWarps * Tile::kDepth;
   const int num_pieces = static_cast<int>((p.k + kStepDepth - 1) / kStepDepth);
-  return LoraRoom::of(lora, Grid<kEpilogue, Tile>(p.n, num_sms).max_groups(), num_pieces,
+  return LoraRoom::of(lora.rows, Grid<kEpilogue, Tile>(p.n, num_sms).max_groups(), num_pieces,
                       Tile{});
 }
 
@@ -378,25 +286,6 @@ LoraRoom lora_room(const LinearParams& p, const LinearLora& lora, int num_sms) {
 template <Epilogue kEpilogue, class Tile>
 bool fits_lora(const LinearParams& p, const LinearLora& lora, int num_sms) {
   return Tile::kSmem + lora_room<kEpilogue, Tile>(p, lora, num_sms).end <= kMaxLoraSmem<Tile>;
-}
-
-// Whether a kernel of these tiles can leave sums for lora.next.
-template <Epilogue kEpilogue, class Tile>
-bool can_leave_next(const LinearParams& p, const LinearLora& lora) {
-  constexpr int kPassRows = kNextRows<RowTile<kEpilogue, Tile::kRows>, Tile>;
-  const LoraNext& next = lora.next;
-  const int64_t num_rows = int64_t{next.num_parts} * next.max_rank;
-  const int64_t num_passes = (num_rows + kPassRows - 1) / kPassRows;
-  return next.num_parts >= 1 && next.num_parts <= kMaxLoraParts && next.max_rank >= 1 &&
-         p.m * num_passes <= kMaxNextPairs &&
-         lora.rows.num_slots * next.a_slot_stride < int64_t{1} << 31;
-}
-
-// linear_lora_splits of a tiling, for what fits_lora says fits, lora.next included.
-template <Epilogue kEpilogue, class Tile>
-int64_t next_splits(const LinearParams& p, const LinearLora& lora, int num_sms) {
-  const bool is_served = can_leave_next<kEpilogue, Tile>(p, lora);
-  return is_served ? Grid<kEpilogue, Tile>(p.n, num_sms).num_ctas : 0;
 }
 
 // As launch_tiled, for what fits_lora says fits.

@@ -412,7 +412,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
     };
     if (Tile::kPasses == 1) ask(0);  // with several passes there are no registers for this yet
-    if constexpr (Adapters::kIsThere) adapters.begin(column0, column_end);
 
     Sums<Tile> sums = {};
 #pragma unroll 1
@@ -450,7 +449,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     place = (place + kWarpSize) % Tile::kThreads;  // results go to other warps for each strip
     if constexpr (Adapters::kIsThere) adapters.turn();
   }
-  if constexpr (Adapters::kIsThere) adapters.end();
   cp_async_wait<0>();
 }
 

@@ -24,7 +24,7 @@ struct W4LoraPlan {
     num_ctas = std::min(num_strips, num_sms);
     const int max_strips = (num_strips + num_ctas - 1) / num_ctas;
     const int num_pieces = static_cast<int>((p.k + Tile::kDepth - 1) / Tile::kDepth);
-    room = LoraRoom::of(lora, (max_strips + kStep - 1) / kStep,
+    room = LoraRoom::of(lora.rows, (max_strips + kStep - 1) / kStep,
                         std::max(1, num_pieces / Tile::kWarps), Tile{});
     work = W4Work::of(p, num_ctas, Tile{}, room.end);
     num_bytes = work.smem_bytes(p, room.end, Tile{});
@@ -32,13 +32,6 @@ struct W4LoraPlan {
 
   bool fits() const { return num_bytes <= Tile::kSmem; }
 };
-
-// linear_lora_splits of a tiling, for what fits.
-template <Epilogue kEpilogue, class Tile>
-int64_t w4a16_next_splits(const LinearParams& p, const LinearLora& lora, int num_sms) {
-  const bool is_served = can_leave_next<kEpilogue, Tile>(p, lora);
-  return is_served ? W4LoraPlan<kEpilogue, Tile>(p, lora, num_sms).num_ctas : 0;
-}
 
 // As launch_w4a16_tiled, for what fits.
 template <class T, Epilogue kEpilogue, class Tile>

@@ -18,19 +18,6 @@ bool fits_linear_w4a16_lora_sm90a(const LinearLoraParams& params, const Device& 
   return is_fitting;
 }
 
-int64_t linear_w4a16_lora_splits_sm90a(const LinearLoraParams& params, const Device& device) {
-  int64_t num_splits = 0;
-  dispatch_epilogue(params.linear.epilogue, [&](auto epilogue) {
-    return dispatch_group_size(params.group_size, [&](auto size) {
-      using Tile = W4DeepSm90a<decltype(size)::value>;
-      num_splits = w4a16_next_splits<decltype(epilogue)::value, Tile>(params.linear, params.lora,
-                                                                      device.num_sms);
-      return cudaSuccess;
-    });
-  });
-  return num_splits;
-}
-
 cudaError_t launch_linear_w4a16_lora_sm90a(const LinearLoraParams& params, const Device& device,
                                            cudaStream_t stream) {
   return dispatch_half(params.linear.dtype, [&]<class T>(T) {

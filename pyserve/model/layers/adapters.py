@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -18,28 +17,12 @@ from pyserve.model.context import AdapterRows
 from pyserve.model.placement import Placement, Rows, Shard
 from pyserve.ops.lora import (
     LinearLora,
-    NextShrink,
     linear_lora,
-    linear_lora_splits,
     lora_expand,
     lora_expand_silu_mul,
     lora_shrink,
     serves_linear_lora,
 )
-
-
-class Shrunk(NamedTuple):
-    """x A^T of a Linear, which the Linear that made x has left for it. It is passed on by the code
-    that calls the two, so that what an earlier step or Linear has left is never taken for it.
-
-    sums    float32 [num_splits, num_tokens, num_parts, max_rank]
-    reader  the adapters that it is for
-    room    where it lies in AdapterRows.left
-    """
-
-    sums: torch.Tensor
-    reader: LinearAdapters
-    room: int
 
 
 class LinearAdapters:
@@ -76,35 +59,18 @@ class LinearAdapters:
 
     def multiply(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
-        epilogue: int, rows: AdapterRows, norm: Sequence[Any] = (), shrunk: Shrunk | None = None,
-        reader: LinearAdapters | None = None,
-    ) -> tuple[bool, Shrunk | None]:  # fmt: skip
-        """The whole Linear with its adapters: shrink, unless it is given as `shrunk`, then
-        ops.lora.linear_lora with its arguments `norm`.
-
-        Returns whether it was done, which it is not if that op does not serve these shapes, and
-        what it left for `reader`, which reads the result next, if that could be.
-        """
-        is_given = shrunk is not None and shrunk.reader is self
+        epilogue: int, rows: AdapterRows, *norm: Any,
+    ) -> bool:  # fmt: skip
+        """The whole Linear with its adapters: shrink, then ops.lora.linear_lora with its arguments
+        `norm`. Returns False, and does nothing, if that op does not serve these shapes."""
         adapters = LinearLora(
-            shrunk.sums if shrunk is not None and is_given else rows.shrunk[self.num_parts],
-            self._b, rows.starts, self._ranks, self._columns,
-        )  # fmt: skip
+            rows.shrunk[self.num_parts], self._b, rows.starts, self._ranks, self._columns
+        )
         if not serves_linear_lora(x, weight, out, epilogue, adapters):
-            return False, None
-        if not is_given:
-            self.shrink(x, rows)
-        left: Shrunk | None = None
-        following: NextShrink | None = None
-        if reader is not None and rows.left is not None:
-            num_splits = linear_lora_splits(x, weight, out, epilogue, adapters, reader._a)
-            if num_splits > 0:
-                shape = num_splits, len(x), *reader._a.shape[1:3]
-                room = 1 - shrunk.room if shrunk is not None else 0
-                left = Shrunk(rows.left[room][: prod(shape)].view(shape), reader, room)
-                following = NextShrink(reader._a, reader._ranks, reader._scales, left.sums)
-        linear_lora(x, weight, bias, out, epilogue, adapters, *norm, following=following)
-        return True, left
+            return False
+        self.shrink(x, rows)
+        linear_lora(x, weight, bias, out, epilogue, adapters, *norm)
+        return True
 
     def shrink(
         self, x: torch.Tensor, rows: AdapterRows, squares: torch.Tensor | None = None,

@@ -9,7 +9,7 @@ import torch
 
 from pyserve.model.context import AdapterRows
 from pyserve.model.destination import Destination, Destinations, row_destinations
-from pyserve.model.layers.adapters import LinearAdapters, Shrunk
+from pyserve.model.layers.adapters import LinearAdapters
 from pyserve.model.placement import Placement, Rows, Shard
 from pyserve.model.schemes import (
     SCHEMES,
@@ -78,10 +78,6 @@ class Linear:
     can prefetch its weights meanwhile. For few rows the matrix's kernel may add the adapters' part
     itself. Otherwise it is added to a residual before the matrix's, so that the matrix's kernel
     sees the complete residual for a fused norm.
-
-    A Linear that is told its `reader`, the Linear whose x its result is, may leave that one's x A^T
-    and returns it then. The reader is given it as `shrunk`; without, it computes x A^T itself. No
-    rank's part of a sum is read that way, as methods with a reader add or have whole outputs.
     """
 
     __slots__ = (
@@ -143,7 +139,7 @@ class Linear:
         """y = x W^T + b: x [num_tokens, in_features] -> out [num_tokens, out_features]."""
         if adapters is None or self.adapters is None:
             self.matrix(x, self.bias, out)
-        elif not self._adapted(x, out, STORE, adapters)[0]:
+        elif not self._adapted(x, out, STORE, adapters):
             self.adapters.shrink(x, adapters)
             self.matrix(x, self.bias, out)
             self.adapters.expand(adapters, out)
@@ -151,11 +147,10 @@ class Linear:
             self._group.all_reduce(out)
 
     def add(
-        self, x: torch.Tensor, residual: torch.Tensor, adapters: AdapterRows | None = None,
-        shrunk: Shrunk | None = None,
-    ) -> None:  # fmt: skip
+        self, x: torch.Tensor, residual: torch.Tensor, adapters: AdapterRows | None = None
+    ) -> None:
         """residual [num_tokens, out_features] += y in place; requires has_add."""
-        if not self._adapted(x, residual, ADD, adapters, (), shrunk)[0]:
+        if not self._adapted(x, residual, ADD, adapters):
             self._add_adapters(x, residual, adapters)
             self.matrix.add(x, self.bias, residual)  # type: ignore[attr-defined]
 
@@ -169,7 +164,7 @@ class Linear:
         """
         if adapters is None or self.adapters is None:
             self.matrix.silu_mul(x, self.bias, gate_up, out)  # type: ignore[attr-defined]
-        elif not self._adapted(x, out, SILU_MUL, adapters)[0]:
+        elif not self._adapted(x, out, SILU_MUL, adapters):
             self.adapters.shrink(x, adapters)
             self.matrix(x, self.bias, gate_up)
             self.adapters.expand_silu_mul(adapters, gate_up, out)
@@ -177,63 +172,50 @@ class Linear:
     def add_for_norm(
         self, x: torch.Tensor, residual: torch.Tensor, norm_weight: torch.Tensor,
         scaled: torch.Tensor, squares: torch.Tensor, adapters: AdapterRows | None = None,
-        shrunk: Shrunk | None = None, reader: Linear | None = None,
-    ) -> Shrunk | None:  # fmt: skip
+    ) -> None:  # fmt: skip
         """`add`, and then scaled = residual * norm_weight and squares = its sums of squares, which
         the Linear after a norm needs. Shapes as in ops.linear_add_for_norm; requires has_add."""
-        norm = None, 0.0, norm_weight, scaled, squares
-        is_done, left = self._adapted(x, residual, ADD, adapters, norm, shrunk, reader)
-        if not is_done:
+        if not self._adapted(x, residual, ADD, adapters, None, 0.0, norm_weight, scaled, squares):
             self._add_adapters(x, residual, adapters)
             matrix: NormingScheme = self.matrix  # type: ignore[assignment]
             matrix.add_for_norm(x, self.bias, residual, norm_weight, scaled, squares)
-        return left
 
     def of_scaled(
         self, x: torch.Tensor, squares: torch.Tensor, eps: float, out: torch.Tensor,
-        adapters: AdapterRows | None = None, shrunk: Shrunk | None = None,
+        adapters: AdapterRows | None = None,
     ) -> None:  # fmt: skip
         """y of the normed residual; x and squares are `scaled` and `squares` of add_for_norm."""
         matrix: NormingScheme = self.matrix  # type: ignore[assignment]
         if adapters is None or self.adapters is None:
             matrix.of_scaled(x, self.bias, out, squares, eps)
-        elif not self._adapted(x, out, STORE, adapters, (squares, eps), shrunk)[0]:
+        elif not self._adapted(x, out, STORE, adapters, squares, eps):
             self.adapters.shrink(x, adapters, squares, eps)
             matrix.of_scaled(x, self.bias, out, squares, eps)
             self.adapters.expand(adapters, out)
 
     def silu_mul_of_scaled(
         self, x: torch.Tensor, squares: torch.Tensor, eps: float, gate_up: torch.Tensor,
-        out: torch.Tensor, adapters: AdapterRows | None = None, shrunk: Shrunk | None = None,
-        reader: Linear | None = None,
-    ) -> Shrunk | None:  # fmt: skip
+        out: torch.Tensor, adapters: AdapterRows | None = None,
+    ) -> None:  # fmt: skip
         """`silu_mul` of the normed residual, as of_scaled; requires has_silu_mul."""
         matrix: NormingScheme = self.matrix  # type: ignore[assignment]
         if adapters is None or self.adapters is None:
             matrix.silu_mul_of_scaled(x, self.bias, out, squares, eps)
-            return None
-        norm = squares, eps
-        is_done, left = self._adapted(x, out, SILU_MUL, adapters, norm, shrunk, reader)
-        if not is_done:
+        elif not self._adapted(x, out, SILU_MUL, adapters, squares, eps):
             self.adapters.shrink(x, adapters, squares, eps)
             matrix.of_scaled(x, self.bias, gate_up, squares, eps)
             self.adapters.expand_silu_mul(adapters, gate_up, out)
-        return left
 
     def _adapted(
         self, x: torch.Tensor, out: torch.Tensor, epilogue: int, rows: AdapterRows | None,
-        norm: Sequence[Any] = (), shrunk: Shrunk | None = None, reader: Linear | None = None,
-    ) -> tuple[bool, Shrunk | None]:  # fmt: skip
+        *norm: Any,
+    ) -> bool:  # fmt: skip
         """Compute all of it, adapters included, if there are any and one kernel can do both.
-        Returns whether it was done, and what was left for the reader; `norm` is that of
-        ops.lora.linear_lora."""
+        Returns whether it was done; `norm` is that of ops.lora.linear_lora."""
         matrix = self.matrix
         if rows is None or self.adapters is None or not isinstance(matrix, AdaptingScheme):
-            return False, None
-        next_adapters = reader.adapters if reader is not None else None
-        return self.adapters.multiply(
-            x, matrix.stored, self.bias, out, epilogue, rows, norm, shrunk, next_adapters
-        )
+            return False
+        return self.adapters.multiply(x, matrix.stored, self.bias, out, epilogue, rows, *norm)
 
     def _add_adapters(
         self, x: torch.Tensor, residual: torch.Tensor, adapters: AdapterRows | None
