@@ -25,8 +25,8 @@
 // number of whole groups that fit into the stages ahead.
 // Numerics: float32 products and sums in the order of r, from zero; the sum is then added to the
 // linear's. It depends on nothing but the token's own values and B.
-// Bound by bytes: 2 * rank for each row of B. Predicted, not measured: 0.3 to 0.5 us a product of
-// an 8B model at one token of rank 16, most of it the last group's sum_of.
+// Bound by bytes: 2 * rank for each row of B. Predicted were 0.3 to 0.5 us a product of an 8B model
+// at one token of rank 16; on an H200 it is 0.9, 1.5, 1.3 and 0.4 us (q, k, v; o; gate, up; down).
 #pragma once
 
 #include "gpu/linear/few_rows.cuh"
