@@ -220,31 +220,39 @@ part_soak() {
     --max-growth-mib 64 --json "$LOGS/soak.json" -- --model "$llama" --device cuda
 }
 
-sanitize_with() {  # one tool; only our kernels are watched
-  local tool=$1 filter=()
-  compute-sanitizer --help | grep -q -- --kernel-regex && filter=(--kernel-regex kns=pyserve)
+sanitize_with() {  # one tool, one file; only our kernels are watched, where the tool can choose
+  local tool=$1 file=$2 filter=() help
+  # All of the help is read first: grep -q would end the tool by a broken pipe, a failure here.
+  help=$(compute-sanitizer --help)
+  [[ $help != *--kernel-regex* ]] || filter=(--kernel-regex kns=pyserve)
   # Without torch's caching every tensor is an allocation of its own: a step over its end is seen.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 exec timeout -k 5 345 compute-sanitizer --tool "$tool" "${filter[@]}" \
     --error-exitcode 86 --print-limit 30 "$PYTHON" -m pytest -q -rfE --tb=short \
-    -p no:cacheprovider -W default --timeout 335 -m sanitize tests/gpu >"$LOGS/sanitize-$tool.log" 2>&1
+    -p no:cacheprovider -W default --timeout 335 -m sanitize "$file"
 }
 
 part_sanitize() {
   command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH" && return 1; }
-  local tools=(memcheck racecheck) tool code failed=0
+  local files tool file log code failed=0 logs=()
+  mapfile -t files < <(grep -l 'mark\.sanitize' tests/gpu/*.py)
   children=()
-  for tool in "${tools[@]}"; do
-    sanitize_with "$tool" &
-    children+=($!)
+  for tool in memcheck racecheck; do
+    for file in "${files[@]}"; do
+      while [ "$(jobs -rp | wc -l)" -ge 8 ]; do sleep 0.2; done
+      log="$LOGS/sanitize-$tool-$(basename "$file" .py).log"
+      sanitize_with "$tool" "$file" >"$log" 2>&1 &
+      children+=($!)
+      logs+=("$log")
+    done
   done
-  for i in "${!tools[@]}"; do
-    tool=${tools[$i]}
+  for i in "${!logs[@]}"; do
+    log=${logs[$i]}
     code=0
     wait "${children[$i]}" || code=$?
     [ $code -eq 0 ] || failed=1
-    grep -E '^(FAILED|ERROR) |^========= (Invalid|Error|Warning|Program hit|Uninit)' \
-      "$LOGS/sanitize-$tool.log" | sort | uniq -c | head -n 8 | cut -c 1-160
-    echo "= $tool: exit code $code, $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$LOGS/sanitize-$tool.log" | tail -n 1 | tr -d '='), $(grep -E '[0-9]+ (passed|failed)' "$LOGS/sanitize-$tool.log" | tail -n 1 | tr -d '=')"
+    grep -E '^(FAILED|ERROR) |^========= (Invalid|Error|Warning|Program hit|Uninit)' "$log" |
+      sort | uniq -c | head -n 8 | cut -c 1-160
+    echo "= $(basename "$log" .log): exit code $code, $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$log" | tail -n 1 | tr -d '='), $(grep -E '[0-9]+ (passed|failed)' "$log" | tail -n 1 | tr -d '=')"
   done
   return $failed
 }
